@@ -1,0 +1,365 @@
+"""What a run folder holds: the only link between training and everything that reads its results.
+
+    RUN/
+    ├── recipe.yaml            the recipe with every default filled in
+    ├── run.json               RunInfo: what is trained, on which data, by which versions
+    ├── rows/002/task-000.json Cell: one entry of R (here R[2, 0]) with its per-example results
+    ├── rows/002/guard-000.json
+    ├── evidence/002.json      what each method did while the second task was learned
+    ├── cost.json              seconds by phase, peak memory, stored bytes
+    ├── steps.jsonl            loss and speed over steps, for people and plots
+    ├── report.html
+    └── state/                 weights and method state after the last tasks, each with its hashes
+
+Each file is written once, whole, to a temporary name, synced and renamed: a process killed at any
+instant leaves either the old file or the new one. No file here is a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from keeptune.errors import FolderError
+
+FORMAT = 1
+Record = TypeVar("Record", bound=BaseModel)
+Unit = Literal["share", "perplexity"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Example(_Record):
+    """One evaluated example.
+
+    Attributes:
+        id: Position of the row in its evaluation data.
+        prompt: What the model was given.
+        expected: The right answer.
+        answer: What the model answered.
+        score: Share right, 0 to 1; for perplexity the mean negative log-likelihood, nats a token.
+        weight: Weight in the mean; 1, or the number of tokens for perplexity.
+    """
+
+    id: int
+    prompt: str
+    expected: str
+    answer: str
+    score: float
+    weight: float = 1.0
+
+
+class Cell(_Record):
+    """One entry of R: the score of one task or guard after one task of the stream.
+
+    Attributes:
+        name: The task's or guard's name.
+        score: Weighted mean of the examples' scores, or the perplexity.
+        unit: "share" (0 to 1, higher is better) or "perplexity" (lower is better).
+        n: Number of examples.
+        seconds: What it took to evaluate.
+        examples: Per-example results, in row order; empty only where a tool gives none.
+    """
+
+    name: str
+    score: float
+    unit: Unit
+    n: int
+    seconds: float = 0.0
+    examples: list[Example] = []
+
+
+class DataInfo(_Record):
+    """A task or guard as run.json lists it; counts are rows and tokens, hashes are SHA-256."""
+
+    name: str
+    score: str
+    unit: Unit
+    train_rows: int = 0
+    train_tokens: int = 0
+    train_sha256: str = ""
+    eval_rows: int = 0
+    eval_sha256: str = ""
+
+
+class MethodInfo(_Record):
+    """A method as run.json lists it, with what proves that it was active."""
+
+    name: str
+    settings: dict[str, Any]
+    is_neutral: bool
+    proof: str
+    active_from: int
+
+
+class Evidence(_Record):
+    """What one method did while one task was learned."""
+
+    name: str
+    values: dict[str, Any]
+
+
+class TaskEvidence(_Record):
+    """Evidence of every method for one task; `index` counts from 0."""
+
+    task: str
+    index: int
+    methods: list[Evidence]
+
+
+class Phase(_Record):
+    """Seconds and tokens of one phase: load, train, end_task, evaluate or save."""
+
+    phase: str
+    task: str = ""
+    seconds: float
+    tokens: int = 0
+
+
+class Cost(_Record):
+    """What the run cost.
+
+    Attributes:
+        phases: In the order they ran; a resumed run adds only what it did itself.
+        peak_memory_bytes: Largest resident size of the process (plus the GPU's peak).
+        stored_bytes: Bytes of state per method name, plus "weights".
+    """
+
+    phases: list[Phase] = []
+    peak_memory_bytes: int = 0
+    stored_bytes: dict[str, int] = {}
+
+
+class RunInfo(_Record):
+    """run.json: everything about a run that is not a result.
+
+    Attributes:
+        status: "running", "stopped" (by the user), "failed" or "done".
+        strategy: The methods' names joined by " + ".
+        recipe_sha256: Hash of what must not change on resume.
+        provenance: Versions, machine, time of the start.
+        warnings: Sentences shown at the top of the report.
+    """
+
+    format: int = FORMAT
+    status: Literal["running", "stopped", "failed", "done"] = "running"
+    seed: int
+    strategy: str
+    recipe_sha256: str
+    model: dict[str, Any]
+    tasks: list[DataInfo]
+    guards: list[DataInfo]
+    methods: list[MethodInfo]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    warnings: list[str] = []
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name; it appears at `path`, with its hashes, only when whole.
+
+    A manifest with the SHA-256 of every file is added, which `verify` checks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        hashes = {str(p.relative_to(temporary)): sha256_file(p) for p in files}
+        write_atomic(temporary / "manifest.json", json.dumps(hashes, indent=1).encode())
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def verify(path: Path) -> None:
+    """Check a folder made by `new_folder` against its manifest.
+
+    Raises:
+        FolderError: A file is missing or its bytes changed; the message names it.
+    """
+    try:
+        hashes: dict[str, str] = json.loads((path / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path / 'manifest.json'} cannot be read ({error}).") from error
+    for name, expected in hashes.items():
+        file = path / name
+        if not file.is_file():
+            raise FolderError(f"{file} is missing.")
+        if sha256_file(file) != expected:
+            raise FolderError(f"{file} is damaged: its bytes do not match the hash kept with it.")
+
+
+class RunFolder:
+    """Reads and writes one run folder.
+
+    Args:
+        path: The folder; it must hold a run.json unless `create` made it.
+
+    Raises:
+        FolderError: It is not a run folder, or run.json is damaged or of a newer format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / "run.json"
+        if not file.is_file():
+            raise FolderError(
+                f"{self.path} is not a run folder (it has no run.json). "
+                "Give the folder that `keeptune run` printed."
+            )
+        self.info = self._read(file, RunInfo)
+        if self.info.format > FORMAT:
+            raise FolderError(
+                f"{self.path} was written in format {self.info.format}; this keeptune reads up to "
+                f"{FORMAT}. Install a newer keeptune."
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, info: RunInfo, recipe_yaml: str) -> RunFolder:
+        """Start a run folder; `path` must be new or empty.
+
+        Raises:
+            FolderError: The folder holds something already.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FolderError(
+                f"{path} is not empty. Continue that run with --resume, or give another --out."
+            )
+        write_atomic(path / "recipe.yaml", recipe_yaml.encode())
+        write_atomic(path / "run.json", info.model_dump_json(indent=1).encode())
+        return cls(path)
+
+    @staticmethod
+    def _read(file: Path, kind: type[Record]) -> Record:
+        try:
+            return kind.model_validate_json(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{file} is damaged: {str(error).splitlines()[0]}.") from error
+
+    def save_info(self) -> None:
+        """Write run.json after `info` changed."""
+        write_atomic(self.path / "run.json", self.info.model_dump_json(indent=1).encode())
+
+    # -- results ------------------------------------------------------------------------------
+
+    def cell_file(self, row: int, kind: Literal["task", "guard"], index: int) -> Path:
+        """Where R[row, index] is kept; `index` counts from 0."""
+        return self.path / "rows" / f"{row:03d}" / f"{kind}-{index:03d}.json"
+
+    def write_cell(self, row: int, kind: Literal["task", "guard"], index: int, cell: Cell) -> None:
+        """Keep one entry of R."""
+        write_atomic(self.cell_file(row, kind, index), cell.model_dump_json().encode())
+
+    def cell(self, row: int, kind: Literal["task", "guard"], index: int) -> Cell | None:
+        """One entry of R, or None where it was not evaluated."""
+        file = self.cell_file(row, kind, index)
+        return self._read(file, Cell) if file.is_file() else None
+
+    def column(self, kind: Literal["task", "guard"], index: int) -> list[Cell | None]:
+        """One task or guard over the whole stream: row 0 (before training) to the last row."""
+        return [self.cell(row, kind, index) for row in range(self.rows_done)]
+
+    @property
+    def rows_done(self) -> int:
+        """Number of rows of R that have at least one entry."""
+        rows = self.path / "rows"
+        numbers = [int(p.name) for p in rows.iterdir() if p.name.isdigit()] if rows.exists() else []
+        return max(numbers) + 1 if numbers else 0
+
+    def matrix(self, kind: Literal["task", "guard"]) -> NDArray[np.float64]:
+        """Scores [rows, tasks or guards]; row 0 is before training; NaN where not evaluated."""
+        columns = self.info.tasks if kind == "task" else self.info.guards
+        scores = [
+            [cell.score if cell else np.nan for cell in self.column(kind, index)]
+            for index in range(len(columns))
+        ]
+        return np.array(scores, dtype=np.float64).reshape(len(columns), -1).T
+
+    def write_evidence(self, evidence: TaskEvidence) -> None:
+        """Keep what the methods did while one task was learned."""
+        file = self.path / "evidence" / f"{evidence.index + 1:03d}.json"
+        write_atomic(file, evidence.model_dump_json(indent=1).encode())
+
+    def evidence(self) -> list[TaskEvidence]:
+        """What the methods did, task by task."""
+        files = sorted((self.path / "evidence").glob("[0-9]*.json"))
+        return [self._read(file, TaskEvidence) for file in files]
+
+    # -- cost and steps -----------------------------------------------------------------------
+
+    def cost(self) -> Cost:
+        """What the run cost so far."""
+        file = self.path / "cost.json"
+        return self._read(file, Cost) if file.is_file() else Cost()
+
+    def write_cost(self, cost: Cost) -> None:
+        """Keep what the run cost so far."""
+        write_atomic(self.path / "cost.json", cost.model_dump_json(indent=1).encode())
+
+    def log_step(self, **figures: Any) -> None:
+        """Append one line to steps.jsonl; a torn last line is tolerated by `steps`."""
+        with (self.path / "steps.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of steps.jsonl; where a resumed run repeated a step, the later one counts."""
+        file = self.path / "steps.jsonl"
+        by_step: dict[tuple[Any, Any], dict[str, Any]] = {}
+        for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
+            with contextlib.suppress(ValueError):
+                figures = json.loads(line)
+                by_step[figures.get("task"), figures.get("step")] = figures
+        return list(by_step.values())

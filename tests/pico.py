@@ -1,0 +1,110 @@
+"""Pico models and tokenizers, built in process in milliseconds, for every test."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+PAD, BOS, EOS, UNK, TURN, END = SPECIAL = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
+VOCAB = len(SPECIAL) + len(string.printable)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer(
+    *, chat: bool = False, pad: bool = True, eos: bool = True, bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; the same ids for every combination of flags.
+
+    Args:
+        chat: With a ChatML template; a turn ends with <|im_end|>, which is not the EOS.
+        pad: Whether it has a pad token.
+        eos: Whether it has an EOS token.
+        bos: Whether encoding puts <s> in front, as Llama tokenizers do.
+    """
+    core = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate([*SPECIAL, *string.printable])}, unk_token=UNK)
+    )
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS if eos else None,
+        pad_token=PAD if pad else None,
+        unk_token=UNK,
+        chat_template=CHATML if chat else None,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _sizes(vocab: int, context: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context,
+        "pad_token_id": SPECIAL.index(PAD),
+        "bos_token_id": SPECIAL.index(BOS),
+        "eos_token_id": SPECIAL.index(EOS),
+    }
+
+
+def causal_lm(vocab: int = VOCAB, seed: int = 0, *, context: int = 512) -> LlamaForCausalLM:
+    """A Llama of about 20,000 weights in float32; the global RNG stays as it was."""
+    config = LlamaConfig(
+        **_sizes(vocab, context), num_key_value_heads=2, tie_word_embeddings=True, dtype="float32"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def classifier(
+    labels: int = 2, seed: int = 0, *, bert: bool = False, context: int = 512
+) -> LlamaForSequenceClassification | BertForSequenceClassification:
+    """A sequence classifier with `labels` classes: a Llama, or a BERT when `bert`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if bert:
+            return BertForSequenceClassification(
+                BertConfig(**_sizes(VOCAB, context), num_labels=labels)
+            ).eval()
+        config = LlamaConfig(**_sizes(VOCAB, context), num_key_value_heads=2, num_labels=labels)
+        return LlamaForSequenceClassification(config).eval()
+
+
+def tiny_folder(tmp_path: Path, *, chat: bool = False, seed: int = 0) -> Path:
+    """Save `causal_lm` and `tokenizer` as a Hugging Face folder and return its path."""
+    folder = tmp_path / "tiny"
+    causal_lm(seed=seed).save_pretrained(folder)
+    tokenizer(chat=chat).save_pretrained(folder)
+    return folder
