@@ -1,0 +1,350 @@
+"""The one abstraction: a method has seven verbs, each with one permitted effect.
+
+            for each task:  begin_task ─► data ─► [ forward ─► loss ─► backward ─► gradients ─►
+                            step ─► after_step ]* ─► end_task
+            to answer:      serve
+
+`Chain` runs a list of methods as one. No method ever sees a trainer: what it may read is `Context`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from keeptune.errors import MethodError, suggest
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+Collate = Callable[[list[dict[str, Any]]], Batch]
+
+
+@dataclass
+class Context:
+    """What a verb may read.
+
+    Shape letters: B rows, L positions, V vocabulary (or number of classes), N answers in a batch
+    (answer tokens of a language model, rows of a classifier).
+
+    Attributes:
+        model: The model itself, never a distributed wrapper.
+        task: Name of the task being learned.
+        index: Its position in the stream, from 0.
+        dataset: Its own tokenised training rows (`input_ids`, `labels`), before any `data` verb.
+        collate: Turns rows into a padded batch.
+        seed: The run's seed.
+        step: Optimizer steps done in this task.
+        grad_scale: What gradients are multiplied by until they are clipped (fp16); else 1.
+        answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
+    """
+
+    model: nn.Module
+    task: str
+    index: int
+    dataset: Dataset
+    collate: Collate
+    seed: int = 0
+    step: int = 0
+    grad_scale: float = 1.0
+    answers_in_step: Tensor | float = 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained now, by name; a tied weight appears once."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def random(self, *words: object) -> np.random.Generator:
+        """A generator from (seed, task index, words): the same on every resume and machine."""
+        text = repr((self.seed, self.index, *words)).encode()
+        return np.random.default_rng(list(hashlib.sha256(text).digest()))
+
+    def batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Collate rows and move them to the model's device."""
+        return {k: v.to(self.device) for k, v in self.collate(list(rows)).items()}
+
+    def answer_logits(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The logits that predict an answer: [B, L, V] or [B, V] to [N, V]."""
+        labels = batch["labels"]
+        if labels.dim() == 1:
+            return logits[labels != IGNORED]
+        return logits[:, :-1][labels[:, 1:] != IGNORED]
+
+    def mean_over_answers(self, values: Tensor) -> Tensor:
+        """Mean of per-answer values over the whole accumulated batch.
+
+        A term built with this weighs the same however the batch is cut into micro batches.
+
+        Args:
+            values: [N], one value for each answer of this micro batch.
+        """
+        return values.sum() / self.answers_in_step
+
+    def log_likelihood(self, batch: Batch) -> Tensor:
+        """Log-probability of each row's answer, summed over its tokens: [B], in nats."""
+        labels = batch["labels"]
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        logits = self.model(**inputs).logits
+        if labels.dim() == 1:
+            return -F.cross_entropy(logits.float(), labels, reduction="none")
+        mask = labels[:, 1:] != IGNORED
+        nats = -F.cross_entropy(logits[:, :-1][mask].float(), labels[:, 1:][mask], reduction="none")
+        rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(mask)[mask]
+        return torch.zeros(len(labels), device=nats.device).index_add(0, rows, nats)
+
+
+@dataclass
+class State:
+    """What a method must not lose: tensors (kept as safetensors) and JSON values."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(BaseModel):
+    """Base of all methods: pydantic fields are hyperparameters, private attributes are state.
+
+    Attributes:
+        neutral: The setting at which the method equals plain fine-tuning, bit for bit.
+        proof: The evidence that is above 0 when the method was active.
+        active_from: The first task (from 0) on which it must have been active.
+        needs: What must be there: "adapter" (a PEFT model), "logits" (given to `loss`).
+        traits: What it does that others may not bear: "anchor" (holds weights by name),
+            "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
+        excludes: Traits that another method in the strategy must not have.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    neutral: ClassVar[dict[str, Any]] = {}
+    proof: ClassVar[str] = ""
+    active_from: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset()
+    traits: ClassVar[frozenset[str]] = frozenset()
+    excludes: ClassVar[frozenset[str]] = frozenset()
+
+    _evidence: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _plain_errors(cls, values: Any, handler: ModelWrapValidatorHandler[Method]) -> Method:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            sentences = [_sentence(cls, dict(e)) for e in error.errors()]
+            raise MethodError(" ".join(sentences)) from None
+
+    @classmethod
+    def name(cls) -> str:
+        """The published name: the name of the method's file."""
+        return cls.__module__.rpartition(".")[2]
+
+    def is_neutral(self) -> bool:
+        """Whether the settings make this method equal to plain fine-tuning."""
+        return all(getattr(self, key) == value for key, value in self.neutral.items())
+
+    # -- the seven verbs ----------------------------------------------------------------------
+
+    def begin_task(self, ctx: Context) -> None:
+        """May change the model's structure or take snapshots."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        """Returns what is trained on."""
+        return dataset
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
+        """Returns a term to add to the loss of one micro batch."""
+        return None
+
+    def gradients(self, ctx: Context) -> None:
+        """May edit `.grad`, once per optimizer step, before clipping."""
+
+    def after_step(self, ctx: Context) -> None:
+        """May edit weights, once per optimizer step."""
+
+    def end_task(self, ctx: Context) -> None:
+        """May learn from the task, or merge weights."""
+
+    def serve(self, ctx: Context, task: str | None) -> None:
+        """Sets the model up to answer for a task, or for an unknown one (None)."""
+
+    # -- what is kept and shown ---------------------------------------------------------------
+
+    def state(self) -> State:
+        """Everything that a later task, or a resumed run, needs."""
+        return State()
+
+    def restore(self, ctx: Context, state: State) -> None:
+        """Take back what `state` gave; may rebuild the model's structure."""
+
+    def evidence(self) -> dict[str, Any]:
+        """What the method did in the task that just ended; JSON values only."""
+        return dict(self._evidence)
+
+    def declared_bytes(self, ctx: Context) -> int:
+        """Bytes of state that the card promises at the present point of the stream."""
+        return 0
+
+
+def _sentence(cls: type[Method], error: dict[str, Any]) -> str:
+    """Turn one pydantic error into: name, got, allowed, what to do."""
+    where = ".".join([cls.__name__, *map(str, error["loc"])])
+    if error["type"] == "extra_forbidden":
+        names = list(cls.model_fields)
+        known = suggest(str(error["loc"][0]), names) if names else "It has no settings."
+        return f"{where} is not a setting. {known}"
+    if error["type"] == "missing":
+        return f"{where} must be given."
+    bound = error.get("ctx", {})
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    allowed = [f"{words[k]} {v}" for k, v in bound.items() if k in words]
+    rule = f"must be {allowed[0]}" if allowed else error["msg"][0].lower() + error["msg"][1:]
+    default = cls.model_fields[str(error["loc"][0])].default if error["loc"] else None
+    off = cls.neutral.get(str(error["loc"][0])) if error["loc"] else None
+    hint = f"Leave it out for the default, {default!r}"
+    hint += f", or use {off!r} for plain fine-tuning." if off is not None else "."
+    return f"{where}: {rule}, got {error['input']!r}. {hint}"
+
+
+class Chain:
+    """Runs methods as one, in the order written.
+
+    `data` pipes left to right, terms of `loss` add, all other effects run in list order.
+
+    Args:
+        methods: The strategy; empty is plain fine-tuning.
+
+    Raises:
+        MethodError: Two methods clash, or one is listed twice.
+    """
+
+    def __init__(self, methods: Sequence[Method] = ()) -> None:
+        self.methods = list(methods)
+        self._check_clashes()
+
+    def _check_clashes(self) -> None:
+        names = [m.name() for m in self.methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise MethodError(f"The method {name!r} is listed twice. Keep one of them.")
+        for one in self.methods:
+            for other in self.methods:
+                if one is not other and (clash := one.excludes & other.traits):
+                    raise MethodError(
+                        f"The methods {one.name()!r} and {other.name()!r} cannot run together "
+                        f"({', '.join(sorted(clash))}). Remove one of them."
+                    )
+
+    @property
+    def name(self) -> str:
+        """The strategy's name: "plain", or the methods' names joined by " + "."""
+        return " + ".join(m.name() for m in self.methods) or "plain"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the methods that are not neutral need."""
+        return frozenset().union(*(m.needs for m in self.methods if not m.is_neutral()))
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self.methods)
+
+    def begin_task(self, ctx: Context) -> None:
+        """Run every method's `begin_task`, with last task's evidence cleared."""
+        for method in self.methods:
+            method._evidence.clear()
+            method.begin_task(ctx)
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        """Pipe the rows through every method."""
+        for method in self.methods:
+            dataset = method.data(ctx, dataset)
+        return dataset
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
+        """Sum of the methods' terms, or None when there is none."""
+        total: Tensor | None = None
+        for method in self.methods:
+            if (term := method.loss(ctx, batch, outputs)) is not None:
+                total = term if total is None else total + term
+        return total
+
+    def gradients(self, ctx: Context) -> None:
+        """Let every method edit the gradients."""
+        for method in self.methods:
+            method.gradients(ctx)
+
+    def after_step(self, ctx: Context) -> None:
+        """Let every method edit the weights."""
+        for method in self.methods:
+            method.after_step(ctx)
+
+    def end_task(self, ctx: Context) -> None:
+        """Let every method learn from the task."""
+        for method in self.methods:
+            method.end_task(ctx)
+
+    def serve(self, ctx: Context, task: str | None) -> None:
+        """Set the model up to answer."""
+        for method in self.methods:
+            method.serve(ctx, task)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A method's card: its module's docstring, read by fixed keys.
+
+    Attributes:
+        title: The first line.
+        fields: "Paper", "Equation", "Changes", "Cost", "Use when", "Not when",
+            "Differs from the paper", "Status".
+    """
+
+    title: str
+    fields: dict[str, str]
+
+
+CARD_KEYS = (
+    "Paper",
+    "Equation",
+    "Changes",
+    "Cost",
+    "Use when",
+    "Not when",
+    "Differs from the paper",
+    "Status",
+)
+
+
+def card(cls: type[Method]) -> Card:
+    """Read a method's card from the docstring of its module."""
+    lines = (inspect.getdoc(inspect.getmodule(cls)) or "").splitlines()
+    fields: dict[str, str] = {}
+    key = ""
+    for line in lines[1:]:
+        head, colon, rest = line.partition(":")
+        if colon and head in CARD_KEYS:
+            key = head
+            fields[key] = rest.strip()
+        elif key and line.strip():
+            fields[key] += " " + line.strip()
+    return Card(title=lines[0] if lines else "", fields=fields)

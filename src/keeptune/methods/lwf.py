@@ -1,0 +1,107 @@
+"""Learning without forgetting: stay near the answers the model gave before the task.
+
+Paper: Li & Hoiem 2016, Learning without forgetting, https://arxiv.org/abs/1606.09282
+Equation: L(w) + strength · T² · mean over answers of KL(p_old(· | x; T) ‖ p_w(· | x; T)), where
+    p(·; T) = softmax(logits / T) and p_old is the model before the task, on the new task's inputs
+Changes: loss
+Cost: one copy of the trained weights (adapters only, under LoRA); one extra forward per batch.
+Use when: no old data may be kept, and also to keep the base model's knowledge: the first task is
+    held to the base model.
+Not when: the new task must contradict what the model says on the same inputs.
+Differs from the paper: targets come from the frozen weights at each step instead of being recorded
+    once, on the answer's tokens only; the term carries T² (Hinton et al. 2015) so that its gradient
+    does not shrink with T; no warm-up of a new head, since a language model has none.
+Status: contract tested
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from keeptune.method import Batch, Context, Method, State
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)) of each row: [N, V] to [N], in nats."""
+    p = F.log_softmax(teacher.float() / temperature, -1)
+    q = F.log_softmax(student.float() / temperature, -1)
+    return temperature**2 * F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+
+class LwF(Method):
+    """Distil the model before the task into the model that learns it."""
+
+    strength: float = Field(1.0, ge=0, description="weight of the term; the paper's λ_o")
+    temperature: float = Field(2.0, gt=0, description="softening of both distributions; T")
+
+    neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
+    proof: ClassVar[str] = "kl"
+    active_from: ClassVar[int] = 0
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    _teacher: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _teacher_of: int = PrivateAttr(-1)
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
+        """The distillation term of one micro batch."""
+        if not self.strength:
+            return None
+        self._look_back(ctx)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            ctx.model.eval()
+            teacher = functional_call(ctx.model, self._teacher, (), inputs, tie_weights=True).logits
+            ctx.model.train()
+        kl = softened_kl(
+            ctx.answer_logits(outputs.logits, batch),
+            ctx.answer_logits(teacher, batch),
+            self.temperature,
+        )
+        self._add_evidence(kl.detach())
+        return self.strength * ctx.mean_over_answers(kl)
+
+    def _look_back(self, ctx: Context) -> None:
+        # At the first batch of a task, not in `begin_task`: other methods may still add adapters
+        # there, and no weight has moved before the first batch.
+        if self._teacher_of != ctx.index:
+            self._teacher = {n: p.detach().clone() for n, p in ctx.trainable().items()}
+            self._teacher_of = ctx.index
+
+    def _add_evidence(self, kl: Tensor) -> None:
+        # Kept as running sums so that nothing waits for the device at each step.
+        totals = torch.stack([kl.sum().double(), torch.tensor(kl.numel(), dtype=torch.float64)])
+        self._evidence["sums"] = self._evidence.get("sums", 0) + totals
+
+    def evidence(self) -> dict[str, Any]:
+        """Mean of the term over all answers trained on, in nats."""
+        if "sums" not in self._evidence:
+            return {}
+        total, count = self._evidence["sums"].tolist()
+        return {"kl": total / max(count, 1), "answers": int(count)}
+
+    def state(self) -> State:
+        """The weights before the present task; not needed once the task has ended."""
+        tensors = {f"teacher/{n}": t for n, t in self._teacher.items()}
+        return State(tensors, {"teacher_of": self._teacher_of})
+
+    def end_task(self, ctx: Context) -> None:
+        """Drop the old weights."""
+        self._teacher.clear()
+
+    def restore(self, ctx: Context, state: State) -> None:
+        """Take the old weights back."""
+        self._teacher_of = int(state.values["teacher_of"])
+        self._teacher = {
+            n.removeprefix("teacher/"): t.to(ctx.device) for n, t in state.tensors.items()
+        }
+
+    def declared_bytes(self, ctx: Context) -> int:
+        """One copy of the trained weights during a task, nothing between tasks."""
+        weights = sum(p.numel() * p.element_size() for p in ctx.trainable().values())
+        return weights if self._teacher else 0
