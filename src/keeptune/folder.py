@@ -35,6 +35,7 @@ from keeptune.errors import FolderError
 FORMAT = 1
 Record = TypeVar("Record", bound=BaseModel)
 Unit = Literal["share", "perplexity"]
+Kind = Literal["task", "guard"]
 
 
 class _Record(BaseModel):
@@ -82,12 +83,21 @@ class Cell(_Record):
 
 
 class DataInfo(_Record):
-    """A task or guard as run.json lists it; counts are rows and tokens, hashes are SHA-256."""
+    """A task or guard as run.json lists it; hashes are SHA-256.
+
+    Attributes:
+        leaked_rows: Evaluation rows that are also training rows.
+        truncated_rows: Training rows cut to the longest length allowed.
+        dropped_rows: Training rows left out because nothing to learn was left of them.
+    """
 
     name: str
     score: str
     unit: Unit
     train_rows: int = 0
+    leaked_rows: int = 0
+    truncated_rows: int = 0
+    dropped_rows: int = 0
     train_tokens: int = 0
     train_sha256: str = ""
     eval_rows: int = 0
@@ -295,20 +305,20 @@ class RunFolder:
 
     # -- results ------------------------------------------------------------------------------
 
-    def cell_file(self, row: int, kind: Literal["task", "guard"], index: int) -> Path:
+    def cell_file(self, row: int, kind: Kind, index: int) -> Path:
         """Where R[row, index] is kept; `index` counts from 0."""
         return self.path / "rows" / f"{row:03d}" / f"{kind}-{index:03d}.json"
 
-    def write_cell(self, row: int, kind: Literal["task", "guard"], index: int, cell: Cell) -> None:
+    def write_cell(self, row: int, kind: Kind, index: int, cell: Cell) -> None:
         """Keep one entry of R."""
         write_atomic(self.cell_file(row, kind, index), cell.model_dump_json().encode())
 
-    def cell(self, row: int, kind: Literal["task", "guard"], index: int) -> Cell | None:
+    def cell(self, row: int, kind: Kind, index: int) -> Cell | None:
         """One entry of R, or None where it was not evaluated."""
         file = self.cell_file(row, kind, index)
         return self._read(file, Cell) if file.is_file() else None
 
-    def column(self, kind: Literal["task", "guard"], index: int) -> list[Cell | None]:
+    def column(self, kind: Kind, index: int) -> list[Cell | None]:
         """One task or guard over the whole stream: row 0 (before training) to the last row."""
         return [self.cell(row, kind, index) for row in range(self.rows_done)]
 
@@ -319,7 +329,7 @@ class RunFolder:
         numbers = [int(p.name) for p in rows.iterdir() if p.name.isdigit()] if rows.exists() else []
         return max(numbers) + 1 if numbers else 0
 
-    def matrix(self, kind: Literal["task", "guard"]) -> NDArray[np.float64]:
+    def matrix(self, kind: Kind) -> NDArray[np.float64]:
         """Scores [rows, tasks or guards]; row 0 is before training; NaN where not evaluated."""
         columns = self.info.tasks if kind == "task" else self.info.guards
         scores = [

@@ -44,7 +44,9 @@ def get(name: str) -> type[Method]:
     """
     if name in _own_names():
         module = importlib.import_module(f"keeptune.methods.{name}")
-        own = [v for v in vars(module).values() if _is_method_of(v, module.__name__)]
+        own: list[type[Method]] = [
+            v for v in vars(module).values() if _is_method_of(v, module.__name__)
+        ]
         assert len(own) == 1, f"{module.__name__} must define one Method, found {own}"
         return own[0]
     foreign = _foreign()

@@ -47,6 +47,7 @@ class LwF(Method):
 
     _teacher: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _teacher_of: int = PrivateAttr(-1)
+    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
         """The distillation term of one micro batch."""
@@ -72,23 +73,22 @@ class LwF(Method):
         if self._teacher_of != ctx.index:
             self._teacher = {n: p.detach().clone() for n, p in ctx.trainable().items()}
             self._teacher_of = ctx.index
+            self._sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
 
     def _add_evidence(self, kl: Tensor) -> None:
         # Kept as running sums so that nothing waits for the device at each step.
-        totals = torch.stack([kl.sum().double(), torch.tensor(kl.numel(), dtype=torch.float64)])
-        self._evidence["sums"] = self._evidence.get("sums", 0) + totals
+        self._sums[0] += kl.sum()
+        self._sums[1] += kl.numel()
 
     def evidence(self) -> dict[str, Any]:
         """Mean of the term over all answers trained on, in nats."""
-        if "sums" not in self._evidence:
-            return {}
-        total, count = self._evidence["sums"].tolist()
-        return {"kl": total / max(count, 1), "answers": int(count)}
+        total, answers = self._sums.tolist()
+        return {"kl": total / max(answers, 1), "answers": int(answers)}
 
     def state(self) -> State:
         """The weights before the present task; not needed once the task has ended."""
         tensors = {f"teacher/{n}": t for n, t in self._teacher.items()}
-        return State(tensors, {"teacher_of": self._teacher_of})
+        return State(tensors | {"sums": self._sums}, {"teacher_of": self._teacher_of})
 
     def end_task(self, ctx: Context) -> None:
         """Drop the old weights."""
@@ -97,11 +97,12 @@ class LwF(Method):
     def restore(self, ctx: Context, state: State) -> None:
         """Take the old weights back."""
         self._teacher_of = int(state.values["teacher_of"])
+        self._sums = state.tensors.pop("sums").to(ctx.device)
         self._teacher = {
             n.removeprefix("teacher/"): t.to(ctx.device) for n, t in state.tensors.items()
         }
 
     def declared_bytes(self, ctx: Context) -> int:
-        """One copy of the trained weights during a task, nothing between tasks."""
+        """One copy of the trained weights during a task; between tasks two numbers."""
         weights = sum(p.numel() * p.element_size() for p in ctx.trainable().values())
-        return weights if self._teacher else 0
+        return weights * bool(self._teacher) + self._sums.nbytes

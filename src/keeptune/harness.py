@@ -1,0 +1,80 @@
+"""Guards by EleutherAI's lm-evaluation-harness, on the model in memory (extra `eval`)."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from keeptune.errors import DataError
+from keeptune.folder import Example
+
+if TYPE_CHECKING:
+    from keeptune.guard import Guard
+
+# The first of these that a task reports is its score; all are shares.
+METRICS = ("acc_norm", "acc", "exact_match", "f1", "rougeL", "mcc")
+
+
+def score_lm_eval(model: Any, tokenizer: Any, guard: Guard, batch_size: int) -> list[Example]:
+    """Score a model on one lm-eval task, example by example.
+
+    Args:
+        model: A causal LM, with or without adapters; its mode is left as it was.
+        tokenizer: The model's.
+        guard: Its name is the lm-eval task's.
+        batch_size: Sequences at a time.
+
+    Raises:
+        DataError: lm-eval is not installed, does not know the task, or gives no usable score.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise DataError(
+            f"The guard {guard.name!r} needs lm-eval: pip install 'keeptune[eval]'."
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own = str(guard.include_path) if guard.include_path else None
+    manager = TaskManager(include_path=own, include_defaults=own is None)
+    if guard.name not in manager.all_tasks:
+        place = f"in {own}" if own else "among lm-eval's own tasks"
+        raise DataError(f"There is no lm-eval task {guard.name!r} {place}. See `lm_eval ls tasks`.")
+    was_training = model.training
+    try:
+        results = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=[guard.name],
+            task_manager=manager,
+            limit=guard.limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+    except (OSError, ConnectionError) as error:
+        raise DataError(
+            f"The data of the lm-eval task {guard.name!r} cannot be had: {error}. Without a "
+            "connection, use tasks on local files (include_path)."
+        ) from error
+    finally:
+        model.train(was_training)
+    return [_example(i, s, guard.name) for i, s in enumerate(results["samples"][guard.name])]
+
+
+def _example(number: int, sample: dict[str, Any], task: str) -> Example:
+    metric = next((m for m in METRICS if isinstance(sample.get(m), int | float)), None)
+    if metric is None:
+        raise DataError(
+            f"The lm-eval task {task!r} scores no example by any of {', '.join(METRICS)}. "
+            "Use another task, or rows of your own as a guard."
+        )
+    asked = sample["arguments"]
+    first = asked["gen_args_0"]["arg_0"] if isinstance(asked, dict) else asked[0][0]
+    return Example(
+        id=number,
+        prompt=str(first),
+        expected=str(sample["target"]),
+        answer=str(sample["filtered_resps"]),
+        score=float(sample[metric]),
+    )

@@ -1,0 +1,302 @@
+"""The loop over tasks: the one long story.
+
+row 0 of R ─► for each task: learn ─► evidence ─► state ─► row t of R
+
+Every step leaves its result on disk before the next begins, and does nothing when its result is
+there already. So a killed run goes on where it was, and `learn` is the same story with one more
+task.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+
+import torch
+from safetensors.torch import load_file
+
+from keeptune import state
+from keeptune.errors import FolderError, TrainingError
+from keeptune.evaluate import score_rows
+from keeptune.folder import (
+    Cell,
+    Evidence,
+    Example,
+    Kind,
+    Phase,
+    RunFolder,
+    TaskEvidence,
+    Unit,
+    new_folder,
+    verify,
+)
+from keeptune.guard import Guard
+from keeptune.harness import score_lm_eval
+from keeptune.machine import peak_memory, translated
+from keeptune.progress import Progress
+from keeptune.session import Session
+from keeptune.stream import Task
+
+KEPT_STATES = 2
+
+
+def cell_score(examples: list[Example], unit: Unit) -> float:
+    """Weighted mean of the examples' scores; for perplexity exp of it. NaN without examples."""
+    weight = sum(e.weight for e in examples)
+    if not weight:
+        return math.nan
+    mean = sum(e.score * e.weight for e in examples) / weight
+    return math.exp(mean) if unit == "perplexity" else mean
+
+
+class Loop:
+    """Runs a session into a run folder.
+
+    Args:
+        session: What to run.
+        folder: Where everything is kept.
+        progress: Who is told.
+        stop: Once set, training saves a state and ends with KeyboardInterrupt.
+    """
+
+    def __init__(
+        self, session: Session, folder: RunFolder, progress: Progress, stop: Event
+    ) -> None:
+        self.session = session
+        self.folder = folder
+        self.progress = progress
+        self.stop = stop
+        self.states = folder.path / "state"
+        session.trainer.args.output_dir = str(folder.path / "logs")
+        session.trainer.progress_root = self.states / "progress"
+        session.trainer.watch(self._report, session.plan.checkpoint_minutes, stop)
+
+    def run(self) -> None:
+        """Go through the stream from where the folder stands to its end.
+
+        Raises:
+            TrainingError: Training cannot go on.
+            FolderError: A state is damaged.
+            KeyboardInterrupt: It was stopped; a state was saved.
+        """
+        stream = self.session.plan.stream
+        done = self.load_last_state()
+        with self._status():
+            for row in range(done, len(stream) + 1):
+                if row > done:
+                    self.learn(row - 1)
+                self.evaluate(row)
+
+    @contextmanager
+    def _status(self) -> Iterator[None]:
+        self._set_status("running")
+        try:
+            with translated(self.session.plan.settings, self.folder.path):
+                yield
+        except KeyboardInterrupt:
+            self._set_status("stopped")
+            raise
+        except BaseException:
+            self._set_status("failed")
+            raise
+        self._set_status("done")
+
+    def _set_status(self, status: str) -> None:
+        self.folder.info = self.folder.info.model_copy(update={"status": status})
+        self.folder.save_info()
+
+    # -- one task -----------------------------------------------------------------------------
+
+    def learn(self, index: int) -> None:
+        """Learn one task and keep its evidence and state."""
+        task = self.session.plan.stream[index]
+        trainer = self.session.trainer
+        started, tokens = time.monotonic(), int(trainer.tokens_trained)
+        self.progress.phase(f"train {task.name}", 1)
+        trainer.learn(
+            task.name,
+            self.session.tokenised[index].dataset,
+            index=index,
+            resume=self._progress_in(index),
+        )
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        self._check_weights(task.name)
+        trained = int(trainer.tokens_trained) - tokens
+        self._add_cost("train", task.name, started, trained)
+        self._keep(index)
+
+    def _keep(self, index: int) -> None:
+        started = time.monotonic()
+        chain = self.session.chain
+        task = self.session.plan.stream[index].name
+        shown = [Evidence(name=m.name(), values=m.evidence()) for m in chain]
+        self.folder.write_evidence(TaskEvidence(task=task, index=index, methods=shown))
+        with new_folder(self.states / f"task-{index + 1:03d}") as files:
+            weights = state.own_tensors(self.session.model)
+            sizes = {"weights": state.write_tensors(files / "weights.safetensors", weights)}
+            sizes |= state.write_methods(files, chain)
+        shutil.rmtree(self.states / "progress", ignore_errors=True)
+        for old in self._states()[:-KEPT_STATES]:
+            shutil.rmtree(self.states / f"task-{old:03d}", ignore_errors=True)
+        self._add_cost("save", task, started, stored=sizes)
+
+    def _check_weights(self, task: str) -> None:
+        for name, parameter in self.session.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise TrainingError(
+                    f"Weights of {name} are not numbers after task {task!r}. The state from before "
+                    "this task is kept; lower trainer.learning_rate or a method's strength, and "
+                    "run again with --resume."
+                )
+
+    # -- state --------------------------------------------------------------------------------
+
+    def _states(self) -> list[int]:
+        found = self.states.glob("task-[0-9][0-9][0-9]")
+        return sorted(int(path.name.removeprefix("task-")) for path in found)
+
+    def load_last_state(self) -> int:
+        """Put the model and the methods where the folder's last finished task left them.
+
+        Returns:
+            Number of tasks learned.
+
+        Raises:
+            FolderError: The state is damaged; the message says which file, and from where the
+                run can go on.
+        """
+        done = self._states()
+        if not done:
+            return 0
+        path = self.states / f"task-{done[-1]:03d}"
+        try:
+            verify(path)
+        except FolderError as error:
+            raise FolderError(f"{error} {self._way_out(path, done[:-1])}") from error
+        ctx = self.session.context(done[-1] - 1)
+        state.read_methods(path, self.session.chain, ctx)
+        state.put_tensors(self.session.model, load_file(path / "weights.safetensors"))
+        return done[-1]
+
+    def _way_out(self, path: Path, earlier: list[int]) -> str:
+        tasks = self.session.plan.stream
+        if not earlier:
+            return f"No earlier state is kept: delete {path} to start again with --resume."
+        last = tasks[earlier[-1] - 1].name
+        return (
+            f"The last good state is the one after task {last!r}: "
+            f"delete {path} to go on from there with --resume."
+        )
+
+    def _progress_in(self, index: int) -> Path | None:
+        """The newest whole state in the middle of this task; a damaged one is passed over."""
+        for path in sorted((self.states / "progress").glob(f"{index:03d}-*"), reverse=True):
+            try:
+                verify(path)
+            except FolderError as error:
+                self.progress.warn(f"{error} The run goes on from an earlier state.")
+                continue
+            self.progress.note(f"going on at step {int(path.name.rpartition('-')[2])}")
+            return path
+        return None
+
+    # -- one row of R -------------------------------------------------------------------------
+
+    def evaluate(self, row: int) -> None:
+        """Fill what is missing of one row of R; the model must stand after task `row`."""
+        plan = self.session.plan
+        pairs: tuple[tuple[Kind, Sequence[Task | Guard]], ...] = (
+            ("task", plan.stream),
+            ("guard", plan.guards),
+        )
+        missing = [
+            (kind, index, item)
+            for kind, items in pairs
+            for index, item in enumerate(items)
+            if not self.folder.cell_file(row, kind, index).is_file()
+        ]
+        if not missing:
+            return
+        started = time.monotonic()
+        when = plan.stream[row - 1].name if row else ""
+        title = f"evaluate after {when}" if row else "evaluate before training"
+        self.progress.phase(title, sum(item.size for _, _, item in missing), "examples")
+        self._scored = 0
+        for kind, index, item in missing:
+            learned = kind == "task" and index < row
+            ctx = self.session.context(max(row - 1, 0))
+            self.session.chain.serve(ctx, item.name if learned else None)
+            cell = self._score(item)
+            self.folder.write_cell(row, kind, index, cell)
+        self._add_cost("evaluate", when, started)
+
+    def _score(self, item: Task | Guard) -> Cell:
+        plan = self.session.plan
+        started = time.monotonic()
+        model, tokenizer = self.session.model, self.session.tokenizer
+        if isinstance(item, Guard) and item.rows is None:
+            examples = score_lm_eval(model, tokenizer, item, plan.eval_batch_size)
+            self._tick(len(examples))
+        else:
+            examples = score_rows(
+                model,
+                tokenizer,
+                item.eval if isinstance(item, Task) else item.rows,
+                item.score,
+                batch_size=plan.eval_batch_size,
+                max_new_tokens=item.max_new_tokens,
+                max_length=plan.max_length,
+                labels=plan.labels,
+                tick=self._tick,
+            )
+        return Cell(
+            name=item.name,
+            score=cell_score(examples, item.unit),
+            unit=item.unit,
+            n=len(examples),
+            seconds=time.monotonic() - started,
+            examples=examples,
+        )
+
+    # -- telling ------------------------------------------------------------------------------
+
+    def _tick(self, rows: int) -> None:
+        self._scored += rows
+        self.progress.advance(self._scored)
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+
+    def _report(self, step: int, steps: int, figures: dict[str, float]) -> None:
+        ctx = self.session.trainer.ctx
+        task = ctx.task if ctx else ""
+        if step <= 1:
+            self.progress.phase(f"train {task}", steps)
+        self.progress.advance(step, **figures)
+        if figures:
+            self.folder.log_step(task=task, step=step, **figures)
+
+    def _add_cost(
+        self,
+        phase: str,
+        task: str,
+        started: float,
+        tokens: int = 0,
+        stored: dict[str, int] | None = None,
+    ) -> None:
+        cost = self.folder.cost()
+        spent = Phase(phase=phase, task=task, seconds=time.monotonic() - started, tokens=tokens)
+        self.folder.write_cost(
+            cost.model_copy(
+                update={
+                    "phases": [*cost.phases, spent],
+                    "peak_memory_bytes": max(cost.peak_memory_bytes, peak_memory()),
+                    "stored_bytes": stored or cost.stored_bytes,
+                }
+            )
+        )

@@ -1,0 +1,297 @@
+"""Everything a run needs, loaded and checked: model, adapter, tokens, guards, methods, trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from keeptune import registry, tokens
+from keeptune.errors import DataError, KeeptuneError, RecipeError
+from keeptune.evaluate import context_length
+from keeptune.folder import DataInfo, MethodInfo
+from keeptune.guard import Guard, read_guard
+from keeptune.method import Chain, Context, Method
+from keeptune.models import Loaded, load
+from keeptune.recipe import Recipe
+from keeptune.recipe_checks import check_recipe, peft_settings
+from keeptune.recipe_parts import TaskRecipe
+from keeptune.rows import Shape, leaked, read_rows
+from keeptune.seams import ClassifierTrainer, TextTrainer, build_trainer
+from keeptune.stream import Task, TaskStream
+
+DEFAULT_LENGTH = 1024
+
+
+@dataclass
+class Plan:
+    """What is to be run, before any model is changed.
+
+    Attributes:
+        kind: "causal_lm" or "classification".
+        adapter: A PEFT config, or None to train all weights.
+        labels: For classification, the names of the classes in order.
+        settings: Keys for the trainer's config.
+    """
+
+    loaded: Loaded
+    stream: TaskStream
+    guards: list[Guard]
+    methods: list[Method]
+    kind: str = "causal_lm"
+    adapter: Any = None
+    labels: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    max_length: int = DEFAULT_LENGTH
+    eval_batch_size: int = 16
+    checkpoint_minutes: float = 10.0
+
+
+@dataclass
+class Session:
+    """A plan with its model dressed and its rows tokenised."""
+
+    plan: Plan
+    model: nn.Module
+    tokenised: list[tokens.Tokenised]
+    chain: Chain
+    trainer: TextTrainer | ClassifierTrainer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.plan.loaded.tokenizer
+
+    def context(self, index: int) -> Context:
+        """A context for verbs outside training."""
+        task = self.plan.stream[index]
+        return Context(
+            model=self.model,
+            task=task.name,
+            index=index,
+            dataset=self.tokenised[index].dataset,
+            collate=tokens.collate(self.tokenizer),
+            seed=self.plan.seed,
+        )
+
+    def data_infos(self) -> list[DataInfo]:
+        """The tasks as run.json lists them."""
+        tasks = zip(self.plan.stream, self.tokenised, strict=True)
+        return [_task_info(task, tokenised) for task, tokenised in tasks]
+
+    def guard_infos(self) -> list[DataInfo]:
+        """The guards as run.json lists them."""
+        return [
+            DataInfo(
+                name=g.name,
+                score=g.score,
+                unit=g.unit,
+                eval_rows=len(g.rows) if g.rows else 0,
+                eval_sha256=g.rows.sha256 if g.rows else "",
+            )
+            for g in self.plan.guards
+        ]
+
+    def method_infos(self) -> list[MethodInfo]:
+        """The strategy as run.json lists it."""
+        return [
+            MethodInfo(
+                name=m.name(),
+                settings=m.model_dump(mode="json"),
+                is_neutral=m.is_neutral(),
+                proof=m.proof,
+                active_from=m.active_from,
+            )
+            for m in self.chain
+        ]
+
+    def model_info(self) -> dict[str, Any]:
+        """The model as run.json describes it."""
+        every = list(self.model.parameters())
+        adapter = self.plan.adapter
+        return {
+            "name": self.plan.loaded.name,
+            "source": self.plan.loaded.source,
+            "identity": self.plan.loaded.identity,
+            "parameters": sum(p.numel() for p in every),
+            "trainable": sum(p.numel() for p in every if p.requires_grad),
+            "adapter": adapter.peft_type.value.lower() if adapter else "none",
+            "kind": self.plan.kind,
+        }
+
+
+def _task_info(task: Task, tokenised: tokens.Tokenised) -> DataInfo:
+    return DataInfo(
+        name=task.name,
+        score=task.score,
+        unit=task.unit,
+        train_rows=len(tokenised.dataset),
+        train_tokens=tokenised.tokens,
+        train_sha256=task.train.sha256,
+        eval_rows=len(task.eval),
+        eval_sha256=task.eval.sha256,
+        leaked_rows=leaked(task.train, task.eval),
+        truncated_rows=tokenised.truncated,
+        dropped_rows=tokenised.dropped,
+    )
+
+
+# -- from a recipe --------------------------------------------------------------------------------
+
+
+class Problems:
+    """Collects every problem instead of stopping at the first."""
+
+    def __init__(self) -> None:
+        self.found: list[KeeptuneError] = []
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep a KeeptuneError and go on."""
+        try:
+            yield
+        except KeeptuneError as error:
+            self.found.append(error)
+
+    def raise_all(self) -> None:
+        """Raise what was found: one error as it is, several as one, a line each."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise RecipeError("\n".join(str(error) for error in self.found))
+
+
+def read_plan(recipe: Recipe) -> Plan:
+    """Load and check everything a recipe names.
+
+    Raises:
+        KeeptuneError: With every problem found, one line each.
+    """
+    problems = Problems()
+    with problems.collect():
+        check_recipe(recipe)
+    tasks: list[Task] = []
+    for number, task in enumerate(recipe.tasks):
+        with problems.collect():
+            tasks.append(read_task(task, where=recipe.where("tasks", number)))
+    guards: list[Guard] = []
+    for number, guard in enumerate(recipe.guards):
+        with problems.collect():
+            guards.extend(read_guard(guard, where=recipe.where("guards", number)))
+    with problems.collect():
+        _check_shapes(recipe, tasks)
+    problems.raise_all()
+    labels = class_names(recipe.labels, tasks) if recipe.kind == "classification" else []
+    loaded = load(recipe.model, labels=labels, trust_remote_code=recipe.trust_remote_code)
+    return Plan(
+        loaded=loaded,
+        stream=TaskStream(tasks),
+        guards=guards,
+        methods=[registry.build(name, settings) for name, settings in recipe.strategy],
+        kind=recipe.kind,
+        adapter=adapter_config(recipe),
+        labels=labels,
+        settings=dict(recipe.trainer),
+        seed=recipe.seed,
+        max_length=context_length(loaded.model, recipe.max_length or DEFAULT_LENGTH),
+        eval_batch_size=recipe.eval_batch_size,
+        checkpoint_minutes=recipe.checkpoint_minutes,
+    )
+
+
+def read_task(spec: TaskRecipe, *, where: str) -> Task:
+    """Load one task of a recipe.
+
+    Raises:
+        DataError: A file cannot be read, or the score does not fit its rows.
+    """
+    return Task(
+        name=spec.name,
+        train=read_rows(spec.train, split="train", field=f"{where}.train"),
+        eval=read_rows(spec.eval, split="test", field=f"{where}.eval"),
+        score=spec.score or "",
+        max_new_tokens=spec.max_new_tokens,
+    )
+
+
+def _check_shapes(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        is_label = task.train.shape is Shape.LABEL
+        if is_label != (recipe.kind == "classification"):
+            raise DataError(
+                f"Task {task.name!r} has rows of the shape {task.train.shape.value!r}, which "
+                f"`kind: {recipe.kind}` cannot learn. Use `kind: classification` for text + label "
+                "rows, and causal_lm for all others."
+            )
+
+
+def class_names(listed: Sequence[str], tasks: Sequence[Task]) -> list[str]:
+    """The names of all classes: those listed, or all found in the tasks, in order of sight."""
+    if listed:
+        return list(listed)
+    found = (str(row["label"]) for t in tasks for rows in (t.train, t.eval) for row in rows.rows)
+    return list(dict.fromkeys(found))
+
+
+def adapter_config(recipe: Recipe) -> Any:
+    """The PEFT config of a recipe's adapter, or None."""
+    if recipe.adapter == "none":
+        return None
+    config, settings = peft_settings(recipe.adapter)
+    kind = "SEQ_CLS" if recipe.kind == "classification" else "CAUSAL_LM"
+    return config(**settings, task_type=kind)
+
+
+# -- dressed for training -------------------------------------------------------------------------
+
+
+def open_session(plan: Plan) -> Session:
+    """Put the adapter on, tokenise the rows and build the trainer; nothing is written yet.
+
+    Raises:
+        KeeptuneError: Rows that cannot be tokenised, or methods that do not fit.
+    """
+    collate = tokens.collate(plan.loaded.tokenizer)
+    tokenised = [
+        tokens.tokenise(
+            task.train, plan.loaded.tokenizer, max_length=plan.max_length, labels=plan.labels
+        )
+        for task in plan.stream
+    ]
+    model = dress(plan.loaded.model, plan.adapter, plan.seed)
+    # The trainer makes its output folder at once, but nothing may be written before all is checked.
+    settings = {**plan.settings, "seed": plan.seed, "output_dir": tempfile.gettempdir()}
+    trainer = build_trainer(
+        plan.kind,
+        model,
+        plan.loaded.tokenizer,
+        tokenised[0].dataset,
+        plan.methods,
+        settings,
+        collate,
+    )
+    return Session(plan, model, tokenised, chain=trainer.strategy, trainer=trainer)
+
+
+def dress(model: nn.Module, adapter: Any, seed: int) -> nn.Module:
+    """The model with its adapter, or with all its weights trainable; always in float32.
+
+    The adapter's first weights depend on the seed alone.
+    """
+    if adapter is None:
+        return model.float().requires_grad_(True)
+    if isinstance(model, peft.PeftModel):
+        raise RecipeError("The model has an adapter already; leave `adapter` out, or give a base.")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft 0.21 asks transformers 5 by a name that transformers is about to retire.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, adapter)

@@ -1,0 +1,172 @@
+"""What must survive a killed process: weights, methods, optimizer, random numbers.
+
+All of it is safetensors and JSON; loading runs no code of the file. A state is a folder made by
+`folder.new_folder`: whole or absent, with a hash of each file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from keeptune.folder import write_atomic
+from keeptune.method import Chain, Context, State
+
+Tensors = dict[str, Tensor]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_atomic(path, json.dumps(values).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a verified state."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def write_tensors(path: Path, tensors: Tensors) -> int:
+    """Write tensors to one safetensors file; returns their bytes."""
+    plain = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
+    save_file(plain, path)
+    return sum(t.nbytes for t in plain.values())
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def own_tensors(model: nn.Module) -> Tensors:
+    """The tensors in which this model differs from its base.
+
+    Under PEFT those of every adapter, as "adapter name/key"; else all parameters and persistent
+    buffers, a tied one once.
+    """
+    if isinstance(model, peft.PeftModel):
+        return {
+            f"{adapter}/{key}": tensor
+            for adapter in model.peft_config
+            for key, tensor in peft.get_peft_model_state_dict(
+                model, adapter_name=adapter, save_embedding_layers=False
+            ).items()
+        }
+    once = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {n: t for n, t in model.state_dict().items() if n in once}
+
+
+@torch.no_grad()
+def put_tensors(model: nn.Module, tensors: Tensors) -> None:
+    """Give a model of the same structure the tensors of `own_tensors`.
+
+    Raises:
+        KeyError: The structure differs.
+    """
+    if isinstance(model, peft.PeftModel):
+        for adapter in model.peft_config:
+            own = {
+                n.removeprefix(f"{adapter}/"): t
+                for n, t in tensors.items()
+                if n.startswith(f"{adapter}/")
+            }
+            peft.set_peft_model_state_dict(model, own, adapter_name=adapter)
+        return
+    target = own_tensors(model)
+    if missing := set(target) ^ set(tensors):
+        raise KeyError(f"the saved weights and the model differ in {sorted(missing)[:3]}")
+    for name, tensor in tensors.items():
+        target[name].copy_(tensor)
+
+
+# -- methods --------------------------------------------------------------------------------------
+
+
+def write_methods(folder: Path, chain: Chain) -> dict[str, int]:
+    """Write every method's state; returns bytes by method name."""
+    sizes: dict[str, int] = {}
+    for index, method in enumerate(chain):
+        state = method.state()
+        stem = f"method-{index}-{method.name()}"
+        sizes[method.name()] = write_tensors(folder / f"{stem}.safetensors", state.tensors)
+        # In the middle of a task the evidence so far is state too.
+        kept = {"values": state.values, "evidence": method._evidence}
+        write_json(folder / f"{stem}.json", kept)
+    return sizes
+
+
+def read_methods(folder: Path, chain: Chain, ctx: Context) -> None:
+    """Give every method back the state that `write_methods` wrote."""
+    for index, method in enumerate(chain):
+        stem = f"method-{index}-{method.name()}"
+        tensors = load_file(folder / f"{stem}.safetensors")
+        kept = read_json(folder / f"{stem}.json")
+        method.restore(ctx, State(tensors, kept["values"]))
+        method._evidence.clear()
+        method._evidence.update(kept["evidence"])
+
+
+# -- the middle of a task -------------------------------------------------------------------------
+
+
+def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Write an optimizer's state: its tensors and its numbers apart."""
+    full = optimizer.state_dict()
+    tensors: Tensors = {}
+    values: dict[str, Any] = {}
+    for index, slots in full["state"].items():
+        for key, value in slots.items():
+            kind: dict[str, Any] = tensors if isinstance(value, Tensor) else values
+            kind[f"{index}/{key}"] = value
+    write_tensors(folder / "optimizer.safetensors", tensors)
+    write_json(folder / "optimizer.json", {"values": values, "groups": full["param_groups"]})
+
+
+def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Take back what `write_optimizer` wrote."""
+    kept = read_json(folder / "optimizer.json")
+    state: dict[int, dict[str, Any]] = {}
+    for source in (load_file(folder / "optimizer.safetensors"), kept["values"]):
+        for name, value in source.items():
+            index, _, key = name.partition("/")
+            state.setdefault(int(index), {})[key] = value
+    # JSON has no tuples; torch's own groups say which values are.
+    for group, own in zip(kept["groups"], optimizer.state_dict()["param_groups"], strict=True):
+        for key, value in group.items():
+            if isinstance(own.get(key), tuple):
+                group[key] = tuple(value)
+    optimizer.load_state_dict({"state": state, "param_groups": kept["groups"]})
+
+
+def write_random(folder: Path) -> None:
+    """Write the state of every global random number generator."""
+    tensors = {"torch": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count()):
+        tensors[f"cuda/{index}"] = torch.cuda.get_rng_state(index)
+    write_tensors(folder / "random.safetensors", tensors)
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    numbers = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+    }
+    write_json(folder / "random.json", numbers)
+
+
+def read_random(folder: Path) -> None:
+    """Take back what `write_random` wrote."""
+    tensors = load_file(folder / "random.safetensors")
+    torch.set_rng_state(tensors["torch"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda/{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda/{index}"], index)
+    numbers = read_json(folder / "random.json")
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = numbers["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
