@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import string
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -14,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -100,6 +103,19 @@ def classifier(
             ).eval()
         config = LlamaConfig(**_sizes(VOCAB, context), num_key_value_heads=2, num_labels=labels)
         return LlamaForSequenceClassification(config).eval()
+
+
+def adapted(model: PreTrainedModel, config: PeftConfig | None = None, seed: int = 1) -> PeftModel:
+    """Wrap a model in a PEFT adapter: by default a LoRA that already changes what it says."""
+    config = config or LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT 0.21 reads an attribute that transformers renamed
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, config)
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+    return wrapped
 
 
 def tiny_folder(tmp_path: Path, *, chat: bool = False, seed: int = 0) -> Path:

@@ -93,7 +93,7 @@ class Seams(_Base):
             resume: A checkpoint inside this task (path, or True for the trainer's last).
 
         Returns:
-            The trainer's TrainOutput.
+            The trainer's TrainOutput; None when the checkpoint was the task's last step.
 
         Raises:
             DataError: The rows are not tokenised.
@@ -125,7 +125,9 @@ class Seams(_Base):
         # Adam's moments of the last task must not leak into this one.
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
-        output = super().train(resume_from_checkpoint=str(resume) if resume else None)
+        output = None
+        if not (resume and _is_trained(Path(resume))):
+            output = super().train(resume_from_checkpoint=str(resume) if resume else None)
         self.strategy.end_task(self.ctx)
         self.tasks_learned = index + 1
         return output
@@ -207,6 +209,15 @@ class Seams(_Base):
             self.ctx.grad_scale = 1.0 if scaler is None else scaler.get_scale()
             self.strategy.gradients(self.ctx)
         return loss
+
+
+def _is_trained(checkpoint: Path) -> bool:
+    """Whether a checkpoint was taken at the last step.
+
+    transformers 5.23 would take one step more when the last step is in the middle of an epoch.
+    """
+    kept = state.read_json(checkpoint / "trainer_state.json")
+    return bool(kept["global_step"] >= kept["max_steps"])
 
 
 class _Verbs(TrainerCallback):

@@ -133,7 +133,10 @@ class EWC(Method):
             else:
                 consolidate(self._anchor[name], self._fisher[name], parameter, fisher[name])
         self._evidence["fisher_rows"] = rows
-        self._evidence["fisher_sum"] = float(sum(f.sum() for f in self._fisher.values()))
+        # In name order: a restored state has another order, and sums would round otherwise.
+        self._evidence["fisher_sum"] = sum(
+            self._fisher[name].sum().item() for name in sorted(self._fisher)
+        )
 
     def state(self) -> State:
         """The one anchor and the one Fisher."""

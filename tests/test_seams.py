@@ -1,0 +1,232 @@
+"""The seam against plain loops: the same numbers, wherever the verbs act."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import pico
+from keeptune.errors import DataError, MethodError, TrainingError
+from keeptune.method import Context, Method
+from keeptune.methods.ewc import EWC
+from keeptune.methods.lwf import LwF
+from keeptune.seams import Seams, build_trainer
+from keeptune.tokens import collate
+
+STEPS, BATCH, CLIP, PULL = 3, 8, 0.5, 3.0
+
+
+def rows(n: int = STEPS * BATCH, length: int = 10, seed: int = 0) -> Dataset:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(6, pico.VOCAB, (n, length), generator=g).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 4 + x[4:] for x in ids]})
+
+
+def settings(tmp_path: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "max_grad_norm": CLIP,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "optim": "adamw_torch",
+        "seed": 0,
+        **more,
+    }
+
+
+class Pull(Method):
+    """A known quadratic pull towards 0, through `gradients`."""
+
+    def gradients(self, ctx: Context) -> None:
+        for p in ctx.trainable().values():
+            p.grad.add_(p.detach(), alpha=PULL * ctx.grad_scale)
+
+
+class LogitMean(Method):
+    """A known term, through `loss`: the mean square of the answer positions' logits."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    neutral: ClassVar[dict[str, Any]] = {"never": True}
+    never: bool = False
+
+    def loss(self, ctx: Context, batch: Any, outputs: Any) -> Tensor:
+        squares = ctx.answer_logits(outputs.logits, batch).square().mean(-1)
+        return 0.5 * ctx.mean_over_answers(squares)
+
+
+def flat(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def by_hand(*, pull: float = 0.0, term: float = 0.0) -> Tensor:
+    """The same training in plain torch."""
+    model = pico.causal_lm().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    data = rows()
+    for step in range(STEPS):
+        chosen = data[step * BATCH : (step + 1) * BATCH]
+        ids, labels = torch.tensor(chosen["input_ids"]), torch.tensor(chosen["labels"])
+        logits = model(input_ids=ids).logits[:, :-1]
+        keep = labels[:, 1:] != -100
+        loss = F.cross_entropy(logits[keep], labels[:, 1:][keep])
+        loss = loss + term * logits[keep].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for p in model.parameters():
+            p.grad.add_(p.detach(), alpha=pull)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    return flat(model)
+
+
+def same(got: Tensor, want: Tensor) -> bool:
+    """Equal next to what the term itself does: Adam's first steps enlarge rounding."""
+    return bool((got - want).norm() < 1e-3 * (want - by_hand()).norm())
+
+
+def by_seams(tmp_path: Any, methods: list[Method], **more: Any) -> Tensor:
+    model = pico.causal_lm()
+    tokenizer = pico.tokenizer()
+    trainer = build_trainer(
+        "causal_lm", model, tokenizer, rows(), methods, settings(tmp_path, **more),
+        collate(tokenizer),
+    )  # fmt: skip
+    trainer.learn("only", rows())
+    return flat(model)
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_gradients_act_once_per_step_before_clipping(tmp_path: Any, cut: int) -> None:
+    more = {"per_device_train_batch_size": BATCH // cut, "gradient_accumulation_steps": cut}
+    got = by_seams(tmp_path, [Pull()], **more)
+    assert same(got, by_hand(pull=PULL))
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_a_loss_term_weighs_the_same_in_any_number_of_micro_batches(
+    tmp_path: Any, cut: int
+) -> None:
+    more = {"per_device_train_batch_size": BATCH // cut, "gradient_accumulation_steps": cut}
+    got = by_seams(tmp_path, [LogitMean()], **more)
+    assert same(got, by_hand(term=0.5))
+
+
+def test_no_method_is_trls_own_training(tmp_path: Any) -> None:
+    model = pico.causal_lm()
+    arguments = SFTConfig(
+        **settings(tmp_path), report_to="none", save_strategy="no", disable_tqdm=True, bf16=False,
+        activation_checkpointing=False, max_length=None, dataloader_pin_memory=False,
+        logging_nan_inf_filter=False,
+    )  # fmt: skip
+    tokenizer = pico.tokenizer()
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=rows(), processing_class=tokenizer,
+        data_collator=collate(tokenizer),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer.train()
+    assert torch.equal(flat(model), by_seams(tmp_path, []))
+
+
+class Own(Seams, SFTTrainer):
+    """What a user writes who has a trainer already."""
+
+
+def own_trainer(tmp_path: Any, methods: list[Method], **more: Any) -> Own:
+    arguments = SFTConfig(
+        **settings(tmp_path, **more), report_to="none", disable_tqdm=True, bf16=False,
+        activation_checkpointing=False, max_length=None, dataloader_pin_memory=False,
+    )  # fmt: skip
+    return Own(
+        pico.causal_lm(), arguments, train_dataset=rows(), processing_class=pico.tokenizer(),
+        methods=methods,
+    )  # fmt: skip
+
+
+def test_a_users_own_trainer_learns_task_after_task(tmp_path: Any) -> None:
+    ewc, lwf = EWC(strength=10.0), LwF()
+    trainer = own_trainer(tmp_path, [ewc, lwf], save_strategy="no")
+    trainer.train()
+    trainer.learn("second", rows(seed=1))
+    assert trainer.tasks_learned == 2
+    assert ewc.evidence()["gradient_share"] > 0
+    assert lwf.evidence()["kl"] > 0
+
+
+def test_a_users_own_trainer_resumes_with_the_methods_state(tmp_path: Any) -> None:
+    whole = own_trainer(tmp_path / "whole", [EWC(), LwF()], save_strategy="no")
+    whole.train()
+    cut = own_trainer(tmp_path / "cut", [EWC(), LwF()], save_strategy="steps", save_steps=1)
+    cut.train()
+    again = own_trainer(tmp_path / "cut", [EWC(), LwF()], save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-1"))
+    assert torch.equal(flat(again.model), flat(whole.model))
+    kept = [list(t.strategy)[1].evidence() for t in (whole, again)]
+    assert kept[0] == kept[1]
+
+
+def test_untokenised_rows_are_refused(tmp_path: Any) -> None:
+    trainer = own_trainer(tmp_path, [])
+    with pytest.raises(DataError, match="Tokenise them"):
+        trainer.learn("raw", Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}))
+
+
+def test_a_method_that_needs_logits_refuses_another_loss(tmp_path: Any) -> None:
+    with pytest.raises(MethodError, match="'lwf' needs the model's logits"):
+        own_trainer(tmp_path, [LwF()], loss_type="dft")
+
+
+def test_a_loss_that_is_not_a_number_stops_at_once(tmp_path: Any) -> None:
+    class Broken(Method):
+        def after_step(self, ctx: Context) -> None:
+            with torch.no_grad():
+                next(iter(ctx.trainable().values())).fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match=r"became nan in task 'only' at step 2\."):
+        by_seams(tmp_path, [Broken()])
+
+
+def test_fp16_gradients_are_edited_at_their_scale(tmp_path: Any) -> None:
+    model, tokenizer = pico.causal_lm(), pico.tokenizer()
+    trainer = build_trainer(
+        "causal_lm", model, tokenizer, rows(), [Pull()], settings(tmp_path), collate(tokenizer)
+    )
+    # A CPU has no fp16 training; its scaler works on any device and must change nothing.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    try:
+        trainer.learn("only", rows())
+    finally:
+        trainer.accelerator.state._reset_state(reset_partial_state=True)
+    assert same(flat(model), by_hand(pull=PULL))
+
+
+def test_classifiers_train_through_the_same_seam(tmp_path: Any) -> None:
+    tokenizer = pico.tokenizer()
+    data = rows()
+    labelled = Dataset.from_dict(
+        {"input_ids": data["input_ids"], "labels": [0, 1] * (BATCH * 3 // 2)}
+    )
+    ewc, lwf = EWC(strength=10.0), LwF()
+    trainer = build_trainer(
+        "classification", pico.classifier(), tokenizer, labelled, [ewc, lwf],
+        settings(tmp_path), collate(tokenizer),
+    )  # fmt: skip
+    assert isinstance(trainer, Trainer)
+    assert isinstance(trainer.args, TrainingArguments)
+    trainer.learn("a", labelled)
+    trainer.learn("b", labelled)
+    assert ewc.evidence()["gradient_share"] > 0
+    assert lwf.evidence()["kl"] > 0
