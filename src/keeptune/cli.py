@@ -1,0 +1,251 @@
+"""The command line: keeptune demo | run | learn | report | methods | check | version.
+
+Commands import what they need when they run, so that `keeptune --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keeptune.errors import KeeptuneError
+
+if TYPE_CHECKING:
+    from keeptune.folder import RunFolder
+    from keeptune.progress import Progress
+    from keeptune.recipe import Recipe
+
+app = typer.Typer(
+    help="Fine-tune language models on one task after another, keep what they knew, and prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, such as trainer.learning_rate=1e-4, "
+        "tasks.0.score=choice or methods.1.ewc.strength=10; may be given many times.",
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 1, help="The same as --set seed=NUMBER.")
+]
+RunOut = Annotated[
+    Path | None,
+    typer.Option(help="The run folder; default: the recipe's `out`, or runs/ and its file name."),
+]
+
+
+def main() -> int:
+    """Entry point: the commands, with every error a user can cause as one plain sentence.
+
+    Returns:
+        The exit code when a command did not end by itself: 2 for a user's error, 1 for a pipe
+        that was closed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except KeeptuneError as error:
+        _complain(str(error))
+        return 2
+    except BrokenPipeError:
+        # What is still buffered must have somewhere to go when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+@app.callback()
+def _before_any_command() -> None:
+    # TRL reports its use to a server unless told not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where its run folders and report go.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Teach a real small model a few tasks, plainly and with protection, and compare."""
+    with _working(["demo", "--out", str(out)]) as progress:
+        from keeptune.demo import run as run_demo
+
+        page = run_demo(out, progress)
+    typer.echo(f"Report: {page}")
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    out: RunOut = None,
+    seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")
+    ] = False,
+) -> None:
+    """Train what a recipe says, and report what was learned and what was forgotten."""
+    changes = list(set_ or [])
+    if seed is not None:
+        changes.append(f"seed={seed}")
+    loaded = _load(recipe, changes, out)
+    if dry_run:
+        _inspect(loaded)
+        return
+    again = ["run", str(recipe), "--resume", "--out", str(loaded.out)]
+    again += [word for change in changes for word in ("--set", change)]
+    with _working(again) as progress:
+        from keeptune.runs import run as run_recipe
+
+        folder = run_recipe(loaded, resume=resume, progress=progress)
+    _show(folder)
+
+
+@app.command()
+def learn(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Training rows of the new task.")],
+    name: Annotated[str, typer.Option(help="What to call the new task.")],
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Evaluation rows; default: recall of DATA.")
+    ] = None,
+    score: Annotated[str | None, typer.Option(help="Score; default: by the rows' shape.")] = None,
+) -> None:
+    """Teach the model of a finished run one more task, with the same methods.
+
+    When it was stopped, the same command again continues it.
+    """
+    again = ["learn", str(folder), data, "--name", name]
+    again += ["--eval", evaluation] if evaluation is not None else []
+    again += ["--score", score] if score is not None else []
+    with _working(again) as progress:
+        from keeptune.runs import learn as learn_task
+
+        done = learn_task(folder, data, name=name, eval=evaluation, score=score, progress=progress)
+    _show(done)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html in the first folder.")
+    ] = None,
+) -> None:
+    """Make one HTML page of one run, or of several to compare them."""
+    from keeptune.report import write
+
+    typer.echo(f"Report: {write(folders, out)}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show its card.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """List the methods that keep old knowledge, or show the card and settings of one."""
+    from rich.console import Console
+
+    from keeptune import registry, terminal
+
+    classes = [registry.get(one) for one in ([name] if name else registry.names())]
+    if markdown:
+        typer.echo(terminal.methods_markdown(classes), nl=False)
+    elif name:
+        Console().print(terminal.method_card(classes[0]))
+    else:
+        Console().print(terminal.methods_table(classes))
+
+
+@app.command()
+def check(recipe: RecipeFile, set_: Overrides = None) -> None:
+    """Say what a recipe would train, on how many tokens, with what memory, and what is wrong."""
+    _inspect(_load(recipe, list(set_ or []), None))
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of keeptune and of the libraries under it."""
+    for package in ("keeptune", "torch", "transformers", "trl", "peft", "datasets"):
+        typer.echo(f"{package} {installed(package)}")
+
+
+def _load(recipe: Path, changes: Sequence[str], out: Path | None) -> Recipe:
+    from keeptune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes)
+    if out is None and loaded.out is None:
+        out = Path("runs") / recipe.stem
+    if out is None:
+        return loaded
+    return load_recipe(recipe, [*changes, f"out={json.dumps(str(out))}"])
+
+
+def _inspect(recipe: Recipe) -> None:
+    from keeptune.runs import inspect
+
+    found = inspect(recipe)
+    for line in found.lines:
+        typer.echo(line)
+    if found.problems:
+        _complain("\n".join(found.problems))
+        raise typer.Exit(2)
+
+
+@contextmanager
+def _working(again: Sequence[str]) -> Iterator[Progress]:
+    """Progress for a long command; Ctrl-C ends it with the command that continues it."""
+    from keeptune.progress import choose
+
+    progress = choose(sys.stderr)
+    progress.note("loading libraries, model and data")
+    try:
+        yield progress
+    except KeyboardInterrupt as error:
+        progress.close()
+        typer.echo(f"keeptune: stopped. Continue with: keeptune {shlex.join(again)}", err=True)
+        raise typer.Exit(130) from error
+    finally:
+        progress.close()
+
+
+def _show(folder: RunFolder) -> None:
+    from rich.console import Console
+
+    from keeptune import terminal
+    from keeptune.metrics import summarise
+    from keeptune.report import write
+
+    page = write([folder.path], None)
+    typer.echo(f"Run folder: {folder.path}")
+    typer.echo(f"Report:     {page}\n")
+    Console().print(terminal.scores_table(summarise(folder)))
+
+
+def _complain(message: str) -> None:
+    lines = message.splitlines()
+    if len(lines) > 1:
+        message = "\n  ".join([f"{len(lines)} problems:", *lines])
+    typer.echo(f"keeptune: {message}", err=True)

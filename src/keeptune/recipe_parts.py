@@ -1,0 +1,191 @@
+"""The parts of a recipe: adapter, task, guard and method entries as pydantic models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+def _text(value: Any) -> Any:
+    """A whole number is a fine name or label: `name: 7`."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
+
+
+class Part(BaseModel):
+    """Base of all parts: unknown keys, infinities and wrong types are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Adapter(Part):
+    """A PEFT adapter; the base weights stay as they are.
+
+    What is left out takes, for LoRA, the defaults named here, and for any other kind PEFT's own.
+    """
+
+    kind: str = "lora"
+    """Any PEFT method in lower case: lora, ia3, loha, lokr, randlora, vera, ..."""
+    rank: int | None = Field(None, ge=1, le=1024, json_schema_extra={"default": 16})
+    """Rank of the update; LoRA's default is 16."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale of the update times rank; LoRA's default is twice the rank."""
+    dropout: float | None = Field(None, ge=0, lt=1, json_schema_extra={"default": 0.0})
+    """Share of the adapter's inputs dropped while training; LoRA's default is 0."""
+    target_modules: str | list[str] | None = Field(
+        None, json_schema_extra={"default": "all-linear"}
+    )
+    """Module names, a regular expression, or all-linear, which is LoRA's default."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Numbers of the layers that get an adapter (PEFT's layers_to_transform); default: all."""
+    options: dict[str, Any] = {}
+    """Any other key of the PEFT config of this kind, as it is."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("kind", "lora") != "lora":
+            return values
+        filled = {"rank": 16, "dropout": 0.0, "target_modules": "all-linear"}
+        filled |= {key: value for key, value in values.items() if value is not None}
+        if isinstance(filled["rank"], int):
+            filled.setdefault("alpha", 2.0 * filled["rank"])
+        return filled
+
+
+class TaskRecipe(Part):
+    """One task: named training and evaluation data with a score."""
+
+    name: Text
+    """How the task is called in the report; unique."""
+    train: Text
+    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub data set's id."""
+    eval: Text
+    """Evaluation rows, from the same kinds of source; never trained on."""
+    score: str | None = None
+    """exact_match, choice, token_f1, rouge_l, perplexity, accuracy or package.module:function; \
+default: by the rows' shape."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest generated answer, in tokens; default: the expected answer's length plus 8."""
+
+
+class TextGuard(Part):
+    """A guard on a text file: the model's perplexity on it."""
+
+    name: Text
+    """How the guard is called in the report; unique."""
+    text: Text
+    """A .txt file, or rows with a `text` column."""
+
+
+class RowsGuard(Part):
+    """A guard on evaluation rows of one's own."""
+
+    name: Text
+    """How the guard is called in the report; unique."""
+    eval: Text
+    """Evaluation rows, as for a task."""
+    score: str | None = None
+    """As for a task."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """As for a task."""
+
+
+class LmEvalGuard(Part):
+    """Guards by lm-eval, one for each of its tasks; needs `pip install 'keeptune[eval]'`."""
+
+    lm_eval: list[Text] = Field(min_length=1)
+    """Names of lm-eval tasks."""
+    limit: int | None = Field(None, ge=1)
+    """Examples per lm-eval task; default: all."""
+    include_path: str | None = None
+    """Folder with lm-eval task YAML of one's own."""
+
+
+def _guard_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "guard-name"
+    for key in ("lm_eval", "text", "eval"):
+        if (isinstance(value, dict) and key in value) or hasattr(value, key):
+            return f"guard-{key}"
+    return None
+
+
+GuardRecipe = Annotated[
+    Annotated[str, Tag("guard-name")]
+    | Annotated[TextGuard, Tag("guard-text")]
+    | Annotated[RowsGuard, Tag("guard-eval")]
+    | Annotated[LmEvalGuard, Tag("guard-lm_eval")],
+    Discriminator(_guard_kind),
+]
+
+
+def _adapter_kind(value: Any) -> str:
+    return "adapter-none" if isinstance(value, str) else "adapter-peft"
+
+
+AdapterRecipe = Annotated[
+    Annotated[Literal["none"], Tag("adapter-none")] | Annotated[Adapter, Tag("adapter-peft")],
+    Discriminator(_adapter_kind),
+]
+
+
+def _method(value: Any) -> Any:
+    """`ewc`, `{ewc: }` and `{ewc: {}}` mean the same: every setting at its default."""
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, dict) and len(value) == 1:
+        return {name: {} if settings is None else settings for name, settings in value.items()}
+    if isinstance(value, dict) and value:
+        name = next(iter(value))
+        raise PydanticCustomError(
+            "said",
+            "{field} has the keys {keys}, but one entry is one method; indent the settings below "
+            "the method's name, or write {shape}.",
+            {"keys": ", ".join(value), "shape": f"{{{name}: {{setting: value}}}}"},
+        )
+    return value
+
+
+MethodRecipe = Annotated[
+    dict[str, dict[str, Any]],
+    BeforeValidator(_method),
+    Field(min_length=1),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "object",
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                    "additionalProperties": {"type": ["object", "null"]},
+                },
+            ]
+        }
+    ),
+]
+
+
+def names_of(part: Any) -> list[str]:
+    """The names under which a task, guard or method appears in results."""
+    if isinstance(part, LmEvalGuard):
+        return part.lm_eval
+    if isinstance(part, dict):
+        return list(part)
+    return [part if isinstance(part, str) else part.name]

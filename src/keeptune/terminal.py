@@ -1,0 +1,166 @@
+"""What the command line prints: methods and their cards, and a run's scores in one small table."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from keeptune.intervals import Estimate
+    from keeptune.method import Method
+    from keeptune.metrics import Summary
+
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥"}
+
+
+def methods_table(classes: Sequence[type[Method]]) -> Table:
+    """One line per method: its name, what it does and when to use it."""
+    from keeptune.method import card
+
+    table = _table("name", "what it does", "use when")
+    for cls in classes:
+        shown = card(cls)
+        table.add_row(*map(Text, (cls.name(), shown.title, shown.fields.get("Use when", ""))))
+    return table
+
+
+def method_card(cls: type[Method]) -> RenderableType:
+    """A method's card and its settings, for a terminal."""
+    from keeptune.method import card
+
+    shown = card(cls)
+    parts: list[RenderableType] = [Text(f"{cls.name()}: {shown.title}", style="bold"), Text()]
+    for key, value in shown.fields.items():
+        parts += [Text(key, style="bold"), Padding(Text(value), (0, 0, 0, 2))]
+    settings = method_settings(cls)
+    if not settings:
+        return Group(*parts, Text(), Text("It has no settings."))
+    table = _table("setting", "default", "allowed", "meaning")
+    for row in settings:
+        table.add_row(*map(Text, row))
+    return Group(*parts, Text(), table)
+
+
+def method_settings(cls: type[Method]) -> list[tuple[str, str, str, str]]:
+    """A method's settings as (name, default, allowed values, meaning)."""
+    rows = []
+    for name, field in cls.model_fields.items():
+        bounds = [
+            f"{sign} {getattr(mark, key)}"
+            for mark in field.metadata
+            for key, sign in _BOUNDS.items()
+            if getattr(mark, key, None) is not None
+        ]
+        allowed = ", ".join([_type_name(field.annotation), *bounds])
+        default = (
+            "must be given"
+            if field.is_required()
+            else repr(field.get_default(call_default_factory=True))
+        )
+        rows.append((name, default, allowed, field.description or ""))
+    return rows
+
+
+def methods_markdown(classes: Sequence[type[Method]]) -> str:
+    """Every method's card as Markdown, under a table of all, for the reference pages."""
+    from keeptune.method import card
+
+    cards = [(cls, card(cls)) for cls in classes]
+    lines = ["| name | what it does | use when |", "|---|---|---|"]
+    for cls, shown in cards:
+        cells = (f"[`{cls.name()}`](#{cls.name()})", shown.title, shown.fields.get("Use when", ""))
+        lines.append(_markdown_row(cells))
+    lines = lines if len(cards) > 1 else []
+    for cls, shown in cards:
+        lines += ["", f"## {cls.name()}", "", shown.title, ""]
+        lines += [f"- **{key}**: {value}" for key, value in shown.fields.items()]
+        settings = method_settings(cls)
+        if settings:
+            lines += ["", "| setting | default | allowed | meaning |", "|---|---|---|---|"]
+            lines += [_markdown_row((f"`{row[0]}`", f"`{row[1]}`", *row[2:])) for row in settings]
+    return "\n".join(lines).strip() + "\n"
+
+
+def scores_table(summary: Summary) -> Table:
+    """Scores of tasks and guards before, when learned, and now, with 95 % intervals."""
+    table = _table("tasks", "before", "learned", "now", "change since")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for track in summary.tasks:
+        cells = [score_text(e, track.unit) for e in (track.before, track.learned, track.after)]
+        table.add_row(Text(track.name), *cells, change_text(track.change, track.unit))
+    if summary.guards:
+        table.add_row(Text("guards", style="bold"))
+    for track in summary.guards:
+        ends = [score_text(e, track.unit) for e in (track.before, track.after)]
+        change = change_text(track.change, track.unit)
+        table.add_row(Text(track.name), ends[0], "", ends[1], change)
+    table.caption = "95 % intervals in brackets; plain numbers are perplexities, lower is better"
+    return table
+
+
+def score_text(estimate: Estimate | None, unit: str) -> str:
+    """`71 % (65–77)`, or `12.3 (11.9–12.8)` for a perplexity."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    form = _percent if unit == "share" else _perplexity
+    sign = " %" if unit == "share" else ""
+    return f"{form(estimate.value)}{sign}{_ends(estimate, form, '–')}"
+
+
+def change_text(estimate: Estimate, unit: str) -> str:
+    """`-12 pts (-18 to -6)`, or `+8 % (+5 to +11)` for a perplexity."""
+    if estimate.value is None:
+        return "–"
+    sign = "pts" if unit == "share" else "%"
+    return f"{_signed(estimate.value)} {sign}{_ends(estimate, _signed, ' to ')}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _signed(value: float) -> str:
+    shown = f"{100 * value:+.0f}"
+    return "0" if float(shown) == 0 else shown
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _ends(estimate: Estimate, form: Callable[[float], str], between: str) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" ({form(estimate.low)}{between}{form(estimate.high)})"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type_name(annotation: Any) -> str:
+    """A type in plain words: `whole number`, `one of 'a', 'b'`."""
+    words = {float: "number", int: "whole number", bool: "true or false", str: "text"}
+    if annotation in words:
+        return words[annotation]
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if type(None) in parts:
+        rest = [_type_name(part) for part in parts if part is not type(None)]
+        return " or ".join([*rest, "nothing"])
+    return str(annotation).replace("typing.", "")
