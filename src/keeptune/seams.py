@@ -349,6 +349,7 @@ OWN_KEYS = {
     "report_to": "none",
     "save_strategy": "no",
     "disable_tqdm": True,
+    "logging_steps": 1,
     # A loss that is not a number must be seen, not averaged away.
     "logging_nan_inf_filter": False,
 }

@@ -1,0 +1,283 @@
+"""Where the marks of each figure stand; the templates draw them as inline SVG.
+
+Positions are percentages of the figure's width and height, so that a figure fills any screen while
+its text and strokes keep their size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from keeptune.folder import RunFolder, Unit
+from keeptune.intervals import Estimate
+from keeptune.results import Column, Results
+from keeptune.tracks import level
+from keeptune.units import Shown
+from keeptune.wording import estimate_text, number, unit_of, value_text
+
+MOST_GHOSTS = 8
+MOST_POINTS = 240
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from values to percentages; logarithmic for perplexities."""
+
+    low: float
+    high: float
+    shown: Shown
+
+    def at(self, value: float) -> float:
+        """Percent along the axis, held inside it."""
+        low, high = self.low, self.high
+        if self.shown == "perplexity":
+            low, high, value = (math.log(v) for v in (low, high, max(value, 1e-300)))
+        share = 1.0 if math.isinf(value) and value > 0 else (value - low) / (high - low)
+        return round(100 * min(max(share, 0.0), 1.0), 2)
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Percent and label of a few round values."""
+        if self.shown == "perplexity":
+            values = [self.low, math.sqrt(self.low * self.high), self.high]
+        else:
+            values = list(np.linspace(self.low, self.high, 5))
+        labels = [number(v, self.shown) for v in values]
+        labels[-1] += unit_of(self.shown) if self.shown in ("share", "relative") else ""
+        return [(self.at(v), label) for v, label in zip(values, labels, strict=True)]
+
+
+def axis_for(shown: Shown, estimates: Iterable[Estimate | None]) -> Axis:
+    """The axis that holds all estimates: 0 to 1 for shares, around 0 for changes."""
+    ends = [
+        end
+        for e in estimates
+        if e is not None
+        for end in (e.value, e.low, e.high)
+        if end is not None and math.isfinite(end)
+    ]
+    if shown == "share":
+        return Axis(0.0, 1.0, shown)
+    if shown == "perplexity":
+        low, high = (min(ends), max(ends)) if ends else (1.0, 10.0)
+        return Axis(low / 1.08, high * 1.08, shown)
+    most = max((abs(end) for end in ends), default=0.0)
+    step = next((s for s in (0.02, 0.1, 0.2, 0.5, 1.0, 2.0) if s >= most), math.ceil(most))
+    return Axis(-step, step, shown)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value and its interval on an axis, in percent, with its text."""
+
+    at: float
+    low: float
+    high: float
+    text: str
+
+
+def mark(estimate: Estimate | None, axis: Axis) -> Mark | None:
+    """Where an estimate stands; None where it has no value."""
+    if estimate is None or estimate.value is None:
+        return None
+    at = axis.at(estimate.value)
+    low = at if estimate.low is None else axis.at(estimate.low)
+    high = at if estimate.high is None else axis.at(estimate.high)
+    return Mark(at, low, high, estimate_text(estimate, axis.shown))
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """One cell of R.
+
+    Attributes:
+        text: Its number.
+        title: Its number with its interval.
+        mix: How much of the colour, 0 to 100.
+        state: "own" (just learned), "later", "before" (not learned yet) or "none".
+    """
+
+    text: str
+    title: str
+    mix: float
+    state: str
+
+
+def heat_map(results: Results) -> list[list[HeatCell]]:
+    """R as rows of cells: the tasks, then the guards; row 0 is before training."""
+    columns = [*results.tasks, *results.waiting, *results.guards]
+    return [[_heat(c, i, row) for i, c in enumerate(columns)] for row in range(results.rows)]
+
+
+def _heat(column: Column, index: int, row: int) -> HeatCell:
+    if column.cells[row] is None:
+        return HeatCell("–", "not evaluated", 0.0, "none")
+    found = level(column, row)
+    state = "later"
+    if column.kind == "task" and row <= index + 1:
+        state = "own" if row == index + 1 else "before"
+    share = found.value or 0.0
+    if column.info.unit == "perplexity":
+        known = column.goodness[np.isfinite(column.goodness)]
+        spread = float(np.ptp(known)) if known.size else 0.0
+        share = (column.goodness[row] - known.min()) / spread if spread else 0.5
+    text = value_text(found, column.info.unit).removesuffix(unit_of("share"))
+    mix = round(100 * float(np.clip(share, 0, 1)), 1)
+    return HeatCell(text, estimate_text(found, column.info.unit), mix, state)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One score of a curve; x and y in percent from the top left."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    row: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The curve of one task or guard over the stream.
+
+    Attributes:
+        name: Its name.
+        kind: "task" or "guard".
+        number: Position in the stream from 1; 0 for a guard.
+        shown: The unit.
+        ticks: Of the upright axis: percent from the top, label.
+        points: Its scores.
+        ghosts: The other curves of its kind, as SVG points, for context.
+        rows: Of the level axis: percent, label, whether it is the task's own training.
+    """
+
+    name: str
+    kind: str
+    number: int
+    shown: Unit
+    ticks: list[tuple[float, str]]
+    points: list[Point]
+    ghosts: list[str]
+    rows: list[tuple[float, str, bool]]
+
+    @property
+    def line(self) -> str:
+        """The curve as SVG points."""
+        return " ".join(f"{p.x},{p.y}" for p in self.points)
+
+
+def panels(results: Results) -> list[Panel]:
+    """One panel a task learned, one a guard; perplexities point down, as better is up."""
+    if results.rows < 2:
+        return []
+    numbered = [(c, i + 1) for i, c in enumerate(results.tasks)]
+    numbered += [(c, 0) for c in results.guards]
+    axes = {id(c): _upright(c) for c, _ in numbered}
+    points = {id(c): _points(c, axes[id(c)]) for c, _ in numbered}
+    made = []
+    for column, number_in_stream in numbered:
+        like = [
+            c
+            for c, _ in numbered
+            if (c.kind, c.info.unit) == (column.kind, column.info.unit) and c is not column
+        ]
+        shares = column.info.unit == "share" and len(like) < MOST_GHOSTS
+        ghosts = [" ".join(f"{p.x},{p.y}" for p in points[id(c)]) for c in like if shares]
+        axis = axes[id(column)]
+        made.append(
+            Panel(
+                name=column.info.name,
+                kind=column.kind,
+                number=number_in_stream,
+                shown=column.info.unit,
+                ticks=[(_y(axis, at), label) for at, label in axis.ticks[::2]],
+                points=points[id(column)],
+                ghosts=ghosts,
+                rows=_row_ticks(results.rows, number_in_stream),
+            )
+        )
+    return made
+
+
+def _upright(column: Column) -> Axis:
+    levels = [level(column, row) for row, cell in enumerate(column.cells) if cell]
+    return axis_for(column.info.unit, levels)
+
+
+def _y(axis: Axis, at: float) -> float:
+    return at if axis.shown == "perplexity" else round(100 - at, 2)
+
+
+def _points(column: Column, axis: Axis) -> list[Point]:
+    last, found = len(column.cells) - 1, []
+    for row, cell in enumerate(column.cells):
+        placed = mark(level(column, row), axis) if cell else None
+        if placed:
+            at, low, high = (_y(axis, v) for v in (placed.at, placed.low, placed.high))
+            found.append(Point(round(100 * row / last, 2), at, low, high, row, placed.text))
+    return found
+
+
+def _row_ticks(rows: int, own: int) -> list[tuple[float, str, bool]]:
+    last = rows - 1
+    step = math.ceil(last / 6)
+    kept = {0, last} | {r for r in range(0, last, step) if last - r >= step}
+    return [
+        (round(100 * r / last, 2), "before" if r == 0 else str(r), r == own and own > 0)
+        for r in sorted(kept)
+    ]
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Training loss over the steps of the whole stream.
+
+    Attributes:
+        lines: One a task: its name, SVG points, percent where it starts and ends.
+        ticks: Of the upright axis: percent from the top, label.
+        steps: Number of the last step.
+    """
+
+    lines: list[tuple[str, str, float, float]]
+    ticks: list[tuple[float, str]]
+    steps: int
+
+
+def loss_curve(folder: RunFolder) -> LossCurve | None:
+    """The logged losses, at most `MOST_POINTS` of them; None where nothing was logged."""
+    logged = [
+        (str(s.get("task", "")), int(s.get("step", 0)), float(s["loss"]))
+        for s in folder.steps()
+        if isinstance(s.get("loss"), (int, float)) and math.isfinite(s["loss"])
+    ]
+    if len(logged) < 2:
+        return None
+    tasks = list(dict.fromkeys(task for task, _, _ in logged))
+    lengths = [max(step for t, step, _ in logged if t == task) for task in tasks]
+    starts = dict(zip(tasks, np.cumsum([0, *lengths]).tolist(), strict=False))
+    total = sum(lengths)
+    top = max(loss for _, _, loss in logged) * 1.05 or 1.0
+    every = math.ceil(len(logged) / MOST_POINTS)
+    lines = []
+    for task, length in zip(tasks, lengths, strict=True):
+        own = sorted((step, loss) for t, step, loss in logged if t == task)
+        points = [
+            f"{100 * (starts[task] + step) / total:.1f},{100 - 100 * loss / top:.1f}"
+            for step, loss in _thinned(own, every)
+        ]
+        start = round(100 * starts[task] / total, 2)
+        lines.append((task, " ".join(points), start, start + round(100 * length / total, 2)))
+    ticks = [(100 - 50.0 * i, f"{top * i / 2:.2g}") for i in range(3)]
+    return LossCurve(lines, ticks, total)
+
+
+def _thinned(points: Sequence[tuple[int, float]], every: int) -> list[tuple[int, float]]:
+    """Means over `every` neighbours, so that no spike is shown or hidden by chance."""
+    blocks = [points[i : i + every] for i in range(0, len(points), every)]
+    return [(b[-1][0], sum(loss for _, loss in b) / len(b)) for b in blocks]

@@ -1,0 +1,321 @@
+"""Runs from the outside: what a user does, and every way in which it can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+import pico
+from keeptune import loop, state
+from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
+from keeptune.folder import RunFolder
+from keeptune.methods.ewc import EWC
+from keeptune.methods.replay import Replay
+from keeptune.methods.task_lora import TaskLoRA
+from keeptune.recipe import Recipe, load_recipe, parse_recipe
+from keeptune.runs import fit, inspect, learn, run
+
+TRAINER = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+
+
+def rows(task: int, n: int = 8) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
+        for i in range(n)
+    ]
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    pico.tiny_folder(tmp_path)
+    for task in range(3):
+        write(tmp_path / f"train{task}.jsonl", rows(task))
+        write(tmp_path / f"eval{task}.jsonl", rows(task, 4))
+    return tmp_path
+
+
+def recipe(home: Path, *, count: int = 2, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "model": str(home / "tiny"),
+        "adapter": "none",
+        "tasks": [
+            {
+                "name": f"t{i}",
+                "train": str(home / f"train{i}.jsonl"),
+                "eval": str(home / f"eval{i}.jsonl"),
+            }
+            for i in range(tasks)
+        ],
+        "trainer": dict(TRAINER),
+        "out": str(home / "run"),
+    }
+    return parse_recipe({**values, **changes})
+
+
+# -- what a run leaves ----------------------------------------------------------------------------
+
+
+def test_a_run_fills_a_square_r_with_row_0(home: Path) -> None:
+    guard = write(home / "guard.jsonl", rows(9, 5))
+    folder = run(recipe(home, guards=[{"name": "old", "eval": guard}], methods=["replay"]))
+    assert folder.info.status == "done"
+    assert folder.matrix("task").shape == (3, 2)
+    assert folder.matrix("guard").shape == (3, 1)
+    assert not np.isnan(folder.matrix("task")).any()
+    cell = folder.cell(2, "task", 1)
+    assert cell is not None
+    assert [e.expected.strip() for e in cell.examples] == [
+        r["completion"].strip() for r in rows(1, 4)
+    ]
+    assert folder.evidence()[1].methods[0].values["rows_replayed"] > 0
+    assert {p.phase for p in folder.cost().phases} >= {"train", "save", "evaluate"}
+    assert folder.cost().peak_memory_bytes > 0
+    assert folder.steps()
+
+
+def test_nothing_in_a_run_folder_is_a_pickle(home: Path) -> None:
+    folder = run(recipe(home, methods=["ewc"], checkpoint_minutes=0))
+    kinds = {p.suffix for p in folder.path.rglob("*") if p.is_file()}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".yaml", ".html"}
+
+
+def test_the_recipe_kept_with_a_run_is_the_whole_recipe(home: Path) -> None:
+    asked = recipe(home)
+    folder = run(asked)
+    assert load_recipe(folder.path / "recipe.yaml") == asked
+
+
+def test_learn_adds_a_row_and_a_column(home: Path) -> None:
+    folder = run(recipe(home, methods=["replay", {"ewc": {"strength": 10}}]))
+    before = folder.matrix("task")
+    grown = learn(
+        folder.path, str(home / "train2.jsonl"), name="t2", eval=str(home / "eval2.jsonl")
+    )
+    R = grown.matrix("task")
+    assert R.shape == (4, 3)
+    assert np.array_equal(R[:3, :2], before)
+    # The new task is scored on the base model and on the model of the day; not on models gone by.
+    assert not np.isnan(R[[0, 2, 3], 2]).any()
+    assert np.isnan(R[1, 2])
+    assert grown.evidence()[2].methods[0].values["rows_by_task"].keys() <= {"t0", "t1"}
+
+
+def test_learn_refuses_a_name_that_is_taken_and_an_unfinished_run(home: Path) -> None:
+    folder = run(recipe(home))
+    with pytest.raises(FolderError, match="has learned a task 't1' already"):
+        learn(folder.path, str(home / "train2.jsonl"), name="t1")
+    folder.info = folder.info.model_copy(update={"status": "stopped"})
+    folder.save_info()
+    with pytest.raises(FolderError, match="is not finished"):
+        learn(folder.path, str(home / "train2.jsonl"), name="t2")
+
+
+def test_fit_works_with_objects_in_a_notebook(tmp_path: Path) -> None:
+    fitted = fit(
+        pico.causal_lm(),
+        {"a": (rows(0), rows(0)), "b": (rows(1), rows(1))},
+        tokenizer=pico.tokenizer(),
+        methods=[EWC(strength=10), Replay()],
+        guards={"old": rows(7)},
+        adapter=peft.LoraConfig(r=4, target_modules="all-linear"),
+        out=tmp_path / "run",
+        trainer=TRAINER,
+    )
+    assert fitted.folder.matrix("task").shape == (3, 2)
+    assert fitted.folder.info.strategy == "ewc + replay"
+    assert isinstance(fitted.model, peft.PeftModel)
+
+
+def test_task_lora_serves_each_task_with_its_own_adapter(tmp_path: Path) -> None:
+    model = pico.causal_lm()
+    probe = torch.tensor([[7, 8, 9, 10]])
+    fitted = fit(
+        model,
+        {f"t{i}": (rows(i), rows(i)) for i in range(3)},
+        tokenizer=pico.tokenizer(),
+        methods=[TaskLoRA()],
+        adapter=peft.LoraConfig(r=4, target_modules="all-linear"),
+        out=tmp_path / "run",
+        trainer=TRAINER,
+    )
+    R = fitted.folder.matrix("task")
+    assert R[1, 0] == R[2, 0] == R[3, 0]
+    logits = {}
+    for adapter in ("task_000", "task_002"):
+        fitted.model.set_adapter(adapter)
+        logits[adapter] = fitted.model(probe).logits
+    assert not torch.equal(logits["task_000"], logits["task_002"])
+
+
+def test_a_classifier_learns_tasks_from_a_recipe(home: Path) -> None:
+    model = pico.classifier(2)
+    model.config.pad_token_id = 0
+    model.save_pretrained(home / "classifier")
+    pico.tokenizer().save_pretrained(home / "classifier")
+    tasks = []
+    for i in range(2):
+        data = [{"text": f"{i} {c}", "label": "yes" if c in "abcd" else "no"} for c in "abcdefgh"]
+        tasks.append({"name": f"c{i}", "train": write(home / f"c{i}.jsonl", data)})
+        tasks[-1]["eval"] = tasks[-1]["train"]
+    asked = recipe(
+        home,
+        model=str(home / "classifier"),
+        kind="classification",
+        tasks=tasks,
+        methods=["ewc", "lwf"],
+    )
+    folder = run(asked)
+    assert folder.info.tasks[0].score == "accuracy"
+    assert not np.isnan(folder.matrix("task")).any()
+
+
+def test_inspect_says_what_would_be_trained_and_writes_nothing(home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    found = inspect(recipe(home, methods=["ewc"]))
+    assert not found.problems
+    text = "\n".join(found.lines)
+    for word in ("t0: 8 rows", "strategy  ewc", "weights", "GiB"):
+        assert word in text
+    assert sorted(home.rglob("*")) == before
+
+
+# -- bad input: one sentence, nothing written ---------------------------------------------------
+
+
+def refused(home: Path, asked: Recipe, kind: type[KeeptuneError], *words: str) -> None:
+    with pytest.raises(kind) as caught:
+        run(asked)
+    for word in words:
+        assert word in str(caught.value)
+    assert not (home / "run").exists()
+
+
+def test_all_problems_are_named_at_once(home: Path) -> None:
+    (home / "train1.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    asked = recipe(home, guards=[{"name": "gone", "text": str(home / "gone.txt")}])
+    refused(home, asked, RecipeError, "train1.jsonl", "line 2", "gone.txt")
+    assert len(inspect(asked).problems) == 2
+
+
+def test_an_unknown_ready_made_guard_gets_near_names(home: Path) -> None:
+    refused(home, recipe(home, guards=["capitls"]), RecipeError, "'capitls'", "capitals")
+
+
+def test_wrong_rows_for_the_kind_are_refused(home: Path) -> None:
+    refused(home, recipe(home, kind="classification"), DataError, "kind: classification", "'t0'")
+
+
+def test_a_leak_is_warned_of_with_its_count(home: Path) -> None:
+    folder = run(recipe(home))
+    assert "4 of 4 evaluation rows of task 't0'" in folder.info.warnings[0]
+    assert folder.info.tasks[0].leaked_rows == 4
+
+
+def test_rows_longer_than_the_context_are_counted(home: Path) -> None:
+    long = [{"prompt": "x" * 600 + f"{i}:", "completion": " a"} for i in range(4)]
+    write(home / "train0.jsonl", long + rows(0))
+    found = inspect(recipe(home))
+    assert any("4 cut to 512" in line for line in found.lines)
+
+
+def test_a_full_folder_is_refused_unless_resumed(home: Path) -> None:
+    (home / "run").mkdir()
+    (home / "run" / "mine.txt").write_text("precious")
+    with pytest.raises(FolderError, match="is not empty"):
+        run(recipe(home))
+    assert (home / "run" / "mine.txt").read_text() == "precious"
+
+
+def test_resume_refuses_another_recipe_and_other_data(home: Path) -> None:
+    run(recipe(home))
+    with pytest.raises(FolderError, match="belongs to another recipe: seed differ"):
+        run(recipe(home, seed=1), resume=True)
+    write(home / "train0.jsonl", rows(5))
+    with pytest.raises(DataError, match="train rows of task 't0' changed"):
+        run(recipe(home), resume=True)
+
+
+def test_resume_of_a_finished_run_changes_nothing(home: Path) -> None:
+    folder = run(recipe(home))
+    before = {p: p.read_bytes() for p in (folder.path / "rows").rglob("*.json")}
+    again = run(recipe(home), resume=True)
+    assert {p: p.read_bytes() for p in (again.path / "rows").rglob("*.json")} == before
+
+
+def test_a_damaged_state_is_named_and_a_way_out_offered(home: Path) -> None:
+    folder = run(recipe(home, count=3))
+    file = folder.path / "state" / "task-003" / "weights.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(FolderError, match=r"weights\.safetensors is damaged") as caught:
+        run(recipe(home, count=3), resume=True)
+    assert "after task 't1'" in str(caught.value)
+    assert "delete" in str(caught.value)
+
+
+def test_a_damaged_run_json_is_named(home: Path) -> None:
+    folder = run(recipe(home))
+    (folder.path / "run.json").write_text('{"format": 1, ')
+    with pytest.raises(FolderError, match=r"run\.json is damaged"):
+        RunFolder(folder.path)
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_file", full)
+        with pytest.raises(TrainingError, match=r"disk that holds .* is full"):
+            run(recipe(home))
+    assert RunFolder(home / "run").info.status == "failed"
+    assert not list((home / "run").rglob("*.tmp"))
+    assert run(recipe(home), resume=True).info.status == "done"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_full_memory_names_the_batch_size(
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop, "score_rows", full)
+    with pytest.raises(TrainingError, match="per_device_train_batch_size: 4"):
+        run(recipe(home))
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(home: Path) -> None:
+    asked = recipe(home, trainer={**TRAINER, "learning_rate": 1e30, "max_grad_norm": 0})
+    with pytest.raises(TrainingError, match=r"task 't0'"):
+        run(asked)
+    folder = RunFolder(home / "run")
+    assert folder.info.status == "failed"
+    assert not list(folder.path.glob("state/task-*"))
+    assert folder.matrix("task").shape == (1, 2)
+
+
+def test_trainer_settings_that_contradict_each_other_are_a_sentence(home: Path) -> None:
+    asked = recipe(home, trainer={**TRAINER, "bf16": True, "fp16": True})
+    refused(home, asked, RecipeError, "trainer:")
