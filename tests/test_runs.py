@@ -56,7 +56,7 @@ def recipe(home: Path, *, count: int = 2, **changes: Any) -> Recipe:
                 "train": str(home / f"train{i}.jsonl"),
                 "eval": str(home / f"eval{i}.jsonl"),
             }
-            for i in range(tasks)
+            for i in range(count)
         ],
         "trainer": dict(TRAINER),
         "out": str(home / "run"),
