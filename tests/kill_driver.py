@@ -21,7 +21,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 import torch
 
 import pico
-from keeptune import loop, runs, seams, state
+from keeptune import loop, runs, state, trainers
 from keeptune.methods.ewc import EWC
 from keeptune.recipe import parse_recipe
 
@@ -102,7 +102,7 @@ def in_fisher(number: int) -> None:
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "in a task": lambda: at_call(seams.Checkpoints, "training_step", 6),
+    "in a task": lambda: at_call(trainers.Checkpoints, "training_step", 6),
     "in end_task": lambda: in_fisher(1),
     "in an evaluation": lambda: at_call(loop, "score_rows", 4),
     "in the write of a state": lambda: at_call(state, "save_file", 40),
@@ -157,7 +157,7 @@ def main(root: Path) -> dict[str, Any]:
         plant()
         runs.learn(grown, new, name="t1", eval=new)
 
-    in_task = forked(lambda: extend(lambda: at_call(seams.Checkpoints, "training_step", 3)))
+    in_task = forked(lambda: extend(lambda: at_call(trainers.Checkpoints, "training_step", 3)))
     assert in_task == -signal.SIGKILL
     report["learn goes on"] = forked(extend) == 0
     got = results(grown, 2)

@@ -16,11 +16,13 @@ import pico
 from keeptune import loop, state
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
 from keeptune.folder import RunFolder
+from keeptune.inspection import inspect
 from keeptune.methods.ewc import EWC
 from keeptune.methods.replay import Replay
 from keeptune.methods.task_lora import TaskLoRA
+from keeptune.notebook import fit
 from keeptune.recipe import Recipe, load_recipe, parse_recipe
-from keeptune.runs import fit, inspect, learn, run
+from keeptune.runs import learn, run
 
 TRAINER = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01}
 

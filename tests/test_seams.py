@@ -17,8 +17,9 @@ from keeptune.errors import DataError, MethodError, TrainingError
 from keeptune.method import Context, Method
 from keeptune.methods.ewc import EWC
 from keeptune.methods.lwf import LwF
-from keeptune.seams import Seams, build_trainer
+from keeptune.seams import Seams
 from keeptune.tokens import collate
+from keeptune.trainers import build_trainer
 
 STEPS, BATCH, CLIP, PULL = 3, 8, 0.5, 3.0
 

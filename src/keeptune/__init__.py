@@ -19,7 +19,7 @@ _HOMES = {
     "RunFolder": "keeptune.folder",
     "Seams": "keeptune.seams",
     "State": "keeptune.method",
-    "fit": "keeptune.runs",
+    "fit": "keeptune.notebook",
     "learn": "keeptune.runs",
     "load_recipe": "keeptune.recipe",
     "run": "keeptune.runs",

@@ -204,7 +204,7 @@ def _load(recipe: Path, changes: Sequence[str], out: Path | None) -> Recipe:
 
 
 def _inspect(recipe: Recipe) -> None:
-    from keeptune.runs import inspect
+    from keeptune.inspection import inspect
 
     found = inspect(recipe)
     for line in found.lines:

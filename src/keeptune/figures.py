@@ -7,87 +7,19 @@ its text and strokes keep their size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from keeptune.axes import Axis, axis_for, mark
 from keeptune.folder import RunFolder, Unit
-from keeptune.intervals import Estimate
 from keeptune.results import Column, Results
 from keeptune.tracks import level
-from keeptune.units import Shown
-from keeptune.wording import estimate_text, number, unit_of, value_text
+from keeptune.wording import estimate_text, unit_of, value_text
 
 MOST_GHOSTS = 8
 MOST_POINTS = 240
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A scale from values to percentages; logarithmic for perplexities."""
-
-    low: float
-    high: float
-    shown: Shown
-
-    def at(self, value: float) -> float:
-        """Percent along the axis, held inside it."""
-        low, high = self.low, self.high
-        if self.shown == "perplexity":
-            low, high, value = (math.log(v) for v in (low, high, max(value, 1e-300)))
-        share = 1.0 if math.isinf(value) and value > 0 else (value - low) / (high - low)
-        return round(100 * min(max(share, 0.0), 1.0), 2)
-
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        """Percent and label of a few round values."""
-        if self.shown == "perplexity":
-            values = [self.low, math.sqrt(self.low * self.high), self.high]
-        else:
-            values = list(np.linspace(self.low, self.high, 5))
-        labels = [number(v, self.shown) for v in values]
-        labels[-1] += unit_of(self.shown) if self.shown in ("share", "relative") else ""
-        return [(self.at(v), label) for v, label in zip(values, labels, strict=True)]
-
-
-def axis_for(shown: Shown, estimates: Iterable[Estimate | None]) -> Axis:
-    """The axis that holds all estimates: 0 to 1 for shares, around 0 for changes."""
-    ends = [
-        end
-        for e in estimates
-        if e is not None
-        for end in (e.value, e.low, e.high)
-        if end is not None and math.isfinite(end)
-    ]
-    if shown == "share":
-        return Axis(0.0, 1.0, shown)
-    if shown == "perplexity":
-        low, high = (min(ends), max(ends)) if ends else (1.0, 10.0)
-        return Axis(low / 1.08, high * 1.08, shown)
-    most = max((abs(end) for end in ends), default=0.0)
-    step = next((s for s in (0.02, 0.1, 0.2, 0.5, 1.0, 2.0) if s >= most), math.ceil(most))
-    return Axis(-step, step, shown)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A value and its interval on an axis, in percent, with its text."""
-
-    at: float
-    low: float
-    high: float
-    text: str
-
-
-def mark(estimate: Estimate | None, axis: Axis) -> Mark | None:
-    """Where an estimate stands; None where it has no value."""
-    if estimate is None or estimate.value is None:
-        return None
-    at = axis.at(estimate.value)
-    low = at if estimate.low is None else axis.at(estimate.low)
-    high = at if estimate.high is None else axis.at(estimate.high)
-    return Mark(at, low, high, estimate_text(estimate, axis.shown))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,13 @@ class Estimate:
         """Whether the whole interval lies below 0; False without an interval."""
         return self.high is not None and self.high < -_ROUNDING
 
+    def shifted(self, by: float) -> Estimate:
+        """The same with `by` added to the value and both ends."""
+        value, low, high = (
+            None if x is None else x + by for x in (self.value, self.low, self.high)
+        )
+        return Estimate(value, low, high, self.n)
+
 
 def generator(*words: object) -> np.random.Generator:
     """A random generator that depends on the words alone."""

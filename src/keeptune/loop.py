@@ -212,10 +212,8 @@ class Loop:
     def evaluate(self, row: int) -> None:
         """Fill what is missing of one row of R; the model must stand after task `row`."""
         plan = self.session.plan
-        pairs: tuple[tuple[Kind, Sequence[Task | Guard]], ...] = (
-            ("task", plan.stream),
-            ("guard", plan.guards),
-        )
+        tasks: Sequence[Task | Guard] = list(plan.stream)
+        pairs: list[tuple[Kind, Sequence[Task | Guard]]] = [("task", tasks), ("guard", plan.guards)]
         missing = [
             (kind, index, item)
             for kind, items in pairs
@@ -241,14 +239,17 @@ class Loop:
         plan = self.session.plan
         started = time.monotonic()
         model, tokenizer = self.session.model, self.session.tokenizer
-        if isinstance(item, Guard) and item.rows is None:
+        rows = item.eval if isinstance(item, Task) else item.rows
+        examples: list[Example]
+        if isinstance(item, Guard) and rows is None:
             examples = score_lm_eval(model, tokenizer, item, plan.eval_batch_size)
             self._tick(len(examples))
         else:
+            assert rows is not None
             examples = score_rows(
                 model,
                 tokenizer,
-                item.eval if isinstance(item, Task) else item.rows,
+                rows,
                 item.score,
                 batch_size=plan.eval_batch_size,
                 max_new_tokens=item.max_new_tokens,

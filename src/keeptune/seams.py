@@ -1,4 +1,4 @@
-"""The only file that knows `transformers.Trainer` and TRL: it puts the seven verbs into them.
+"""Puts the seven verbs into any `transformers.Trainer` or TRL trainer.
 
     class MyTrainer(Seams, SFTTrainer): ...
     trainer = MyTrainer(model=model, methods=[EWC(), Replay()], ...)
@@ -17,28 +17,21 @@ Where each verb sits, and why there:
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from keeptune import state
-from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
+from keeptune.errors import DataError, MethodError, TrainingError
 from keeptune.folder import new_folder
 from keeptune.method import IGNORED, Batch, Chain, Context, Method
-
-Report = Callable[[int, int, dict[str, float]], None]
-
 
 # At run time the trainer comes from the class that mixes this in.
 _Base: Any = object
@@ -59,7 +52,6 @@ class Seams(_Base):
         self.strategy = Chain(methods)
         self.ctx: Context | None = None
         self.tasks_learned = 0
-        self.tokens_trained: Tensor | int = 0
         if self.is_deepspeed_enabled:
             raise MethodError(
                 "keeptune cannot reach the gradients under DeepSpeed, which steps inside its own "
@@ -231,173 +223,4 @@ class _Verbs(TrainerCallback):
             self.trainer.strategy.after_step(self.trainer.ctx)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not isinstance(self.trainer, Checkpoints):
-            self.trainer.save_methods()
-
-
-class Checkpoints(Seams):
-    """Replaces the Trainer's pickled checkpoints by whole folders of safetensors and JSON.
-
-    Set `progress_root` before `learn`. The newest folder in it is a full state in the middle of
-    a task; `learn(resume=folder)` goes on from there bit for bit.
-    """
-
-    progress_root: Path
-
-    def watch(self, report: Report, minutes: float, stop: Event) -> None:
-        """Report progress, save a state every so often, and stop when asked.
-
-        Args:
-            report: Called with (steps done, steps in all, figures) after each step.
-            minutes: Wall-clock minutes between two saved states of a task; 0 saves at each step.
-            stop: Once set, training saves a state at the next step and ends.
-        """
-        self.add_callback(_Watch(self, report, minutes * 60, stop))
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Counts the tokens trained on, beside what `Seams` does."""
-        self.tokens_trained = self.tokens_trained + inputs["attention_mask"].sum()
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        assert self.ctx is not None
-        if not self.is_world_process_zero():
-            return
-        older = list(self.progress_root.glob("[0-9]*-[0-9]*"))
-        name = f"{self.ctx.index:03d}-{self.state.global_step:09d}"
-        with new_folder(self.progress_root / name) as folder:
-            state.write_tensors(folder / "weights.safetensors", state.own_tensors(self.ctx.model))
-            state.write_methods(folder, self.strategy)
-            state.write_optimizer(folder, self.optimizer)
-            state.write_random(folder)
-            state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
-            if self.accelerator.scaler is not None:
-                state.write_json(folder / "scaler.json", self.accelerator.scaler.state_dict())
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        for folder in older:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _restore(self, checkpoint: Path) -> None:
-        assert self.ctx is not None
-        state.read_methods(checkpoint, self.strategy, self.ctx)
-        weights = load_file(checkpoint / "weights.safetensors")
-        state.put_tensors(self.ctx.model, weights)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: `_restore` has put the weights back already."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        state.read_optimizer(Path(checkpoint), self.optimizer)
-        self.lr_scheduler.load_state_dict(state.read_json(Path(checkpoint, "scheduler.json")))
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.scaler is not None:
-            kept = state.read_json(Path(checkpoint, "scaler.json"))
-            self.accelerator.scaler.load_state_dict(kept)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state.read_random(Path(checkpoint))
-
-
-class _Watch(TrainerCallback):
-    """Progress, saved states and the stop signal of `Checkpoints.watch`."""
-
-    def __init__(self, trainer: Any, report: Report, seconds: float, stop: Event) -> None:
-        self.trainer, self.report, self.seconds, self.stop = trainer, report, seconds, stop
-        self.saved_at = time.monotonic()
-        self.figures: dict[str, float] = {}
-        self.last = (0.0, 0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved_at = time.monotonic()
-        self.last = (self.saved_at, int(self.trainer.tokens_trained))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
-        if "loss" not in logs:
-            return
-        now, tokens = time.monotonic(), int(self.trainer.tokens_trained)
-        self.figures = {
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm", 0.0),
-            "tokens_per_second": (tokens - self.last[1]) / max(now - self.last[0], 1e-9),
-        }
-        self.last = (now, tokens)
-        self.report(state.global_step, state.max_steps, self.figures)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.report(state.global_step, state.max_steps, {})
-        if self.stop.is_set():
-            control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self.saved_at >= self.seconds:
-            control.should_save = True
-            self.saved_at = time.monotonic()
-
-
-class TextTrainer(Checkpoints, SFTTrainer):
-    """What `keeptune run` trains language models with."""
-
-
-class ClassifierTrainer(Checkpoints, Trainer):
-    """What `keeptune run` trains sequence classifiers with."""
-
-
-OWN_KEYS = {
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    # A loss that is not a number must be seen, not averaged away.
-    "logging_nan_inf_filter": False,
-}
-
-
-def build_trainer(
-    kind: str,
-    model: nn.Module,
-    tokenizer: Any,
-    first_rows: Dataset,
-    methods: Sequence[Method],
-    settings: dict[str, Any],
-    collate: Callable[..., Any],
-) -> TextTrainer | ClassifierTrainer:
-    """The trainer of a run.
-
-    Args:
-        kind: "causal_lm" or "classification".
-        model: With its adapter, if any.
-        tokenizer: The model's.
-        first_rows: The first task's tokenised rows.
-        methods: The strategy.
-        settings: Keys of SFTConfig or TrainingArguments, `output_dir` and `seed` included.
-        collate: Rows to a padded batch.
-
-    Raises:
-        RecipeError: The settings contradict each other; the message is the library's own.
-    """
-    own: dict[str, Any] = dict(OWN_KEYS)
-    if not torch.cuda.is_available():
-        # TRL's defaults are for GPUs; on a CPU bfloat16 and recomputation only cost.
-        own |= {"bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
-    try:
-        if kind == "classification":
-            arguments: Any = TrainingArguments(**{**own, **settings})
-        else:
-            # Rows come tokenised and cut; TRL must not cut them again.
-            arguments = SFTConfig(**{**own, "max_length": None, **settings})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"trainer: {error}") from error
-    trainer_class = ClassifierTrainer if kind == "classification" else TextTrainer
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=first_rows,
-        processing_class=tokenizer,
-        data_collator=collate,
-        methods=methods,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+        self.trainer.save_methods()

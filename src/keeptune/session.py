@@ -15,17 +15,17 @@ from torch import nn
 
 from keeptune import registry, tokens
 from keeptune.errors import DataError, KeeptuneError, RecipeError
-from keeptune.evaluate import context_length
 from keeptune.folder import DataInfo, MethodInfo
 from keeptune.guard import Guard, read_guard
+from keeptune.likelihood import context_length
 from keeptune.method import Chain, Context, Method
 from keeptune.models import Loaded, load
 from keeptune.recipe import Recipe
 from keeptune.recipe_checks import check_recipe, peft_settings
 from keeptune.recipe_parts import TaskRecipe
 from keeptune.rows import Shape, leaked, read_rows
-from keeptune.seams import ClassifierTrainer, TextTrainer, build_trainer
 from keeptune.stream import Task, TaskStream
+from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
 
 DEFAULT_LENGTH = 1024
 
@@ -294,4 +294,5 @@ def dress(model: nn.Module, adapter: Any, seed: int) -> nn.Module:
         # peft 0.21 asks transformers 5 by a name that transformers is about to retire.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, adapter)
+        dressed: nn.Module = peft.get_peft_model(model, adapter)
+        return dressed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from keeptune.comparison import Group
 from keeptune.intervals import Estimate
@@ -181,7 +180,7 @@ def _kept(group: Group, plain: Group | None) -> str:
         return ""
     guards = _count(_terms(group, "guard_kept"), "guard")
     text = estimate_text(kept, "share")
-    loss = Estimate(None if kept.value is None else kept.value - 1, *_minus_one(kept))
+    loss = kept.shifted(-1.0)
     if loss.is_below:
         said = f"Kept {text} of what it knew before, by {guards}"
     elif loss.is_above:
@@ -189,11 +188,6 @@ def _kept(group: Group, plain: Group | None) -> str:
     else:
         said = f"No loss of what it knew before that this sample could show: kept {text}"
     return said + _against(group, plain) + "."
-
-
-def _minus_one(estimate: Estimate) -> tuple[float | None, float | None]:
-    minus: Callable[[float | None], float | None] = lambda x: None if x is None else x - 1  # noqa: E731
-    return minus(estimate.low), minus(estimate.high)
 
 
 def _against(group: Group, plain: Group | None) -> str:

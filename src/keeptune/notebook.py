@@ -1,0 +1,131 @@
+"""Learn tasks with model and data objects, without a recipe file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from keeptune.errors import RecipeError
+from keeptune.folder import RunFolder
+from keeptune.guard import Guard
+from keeptune.method import Method
+from keeptune.models import Loaded
+from keeptune.progress import Silent
+from keeptune.recipe import Recipe, dump, parse_recipe
+from keeptune.rows import read_rows
+from keeptune.runs import describe, finish, quiet, refuse_full
+from keeptune.session import DEFAULT_LENGTH, Plan, class_names, open_session
+from keeptune.stream import Task, TaskStream
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` gives back.
+
+    Attributes:
+        model: After the last task, with its adapter if any.
+        folder: The run folder.
+    """
+
+    model: nn.Module
+    folder: RunFolder
+
+
+def fit(
+    model: nn.Module,
+    tasks: Mapping[str, tuple[Any, Any]],
+    *,
+    tokenizer: Any,
+    out: str | Path,
+    methods: Sequence[Method] = (),
+    guards: Mapping[str, Any] | None = None,
+    adapter: Any = None,
+    **settings: Any,
+) -> Fitted:
+    """Learn tasks one after another with model and data objects, without a recipe.
+
+    Example:
+        fitted = fit(model, {"a": (train_a, test_a)}, tokenizer=tok, methods=[EWC()], out="runs/a")
+
+    Args:
+        model: A transformers model, causal or for sequence classification.
+        tasks: Name to (training rows, evaluation rows): lists of dictionaries, data sets, paths.
+        tokenizer: The model's.
+        out: A new folder for the run.
+        methods: The strategy; empty is plain fine-tuning.
+        guards: Name to evaluation rows that must not get worse.
+        adapter: A PEFT config; None trains all weights.
+        **settings: `trainer`, `seed`, `max_length`, `eval_batch_size`, `checkpoint_minutes`,
+            `progress`, each as in a recipe.
+
+    Raises:
+        KeeptuneError: Anything a user can mend.
+    """
+    allowed = {
+        "trainer", "seed", "max_length", "eval_batch_size", "checkpoint_minutes", "progress",
+    }  # fmt: skip
+    if unknown := set(settings) - allowed:
+        raise RecipeError(f"fit has no setting {sorted(unknown)[0]!r}. Allowed: {sorted(allowed)}.")
+    progress = settings.pop("progress", None) or Silent()
+    out = Path(out)
+    refuse_full(out)
+    stream = TaskStream(
+        [Task(name, read_rows(train), read_rows(test)) for name, (train, test) in tasks.items()]
+    )
+    kept = [Guard(name, read_rows(rows)) for name, rows in (guards or {}).items()]
+    plan = _plan(model, tokenizer, stream, kept, methods, adapter, settings)
+    with quiet():
+        session = open_session(plan)
+    recipe = _described(plan, settings)
+    folder = RunFolder.create(out, describe(session, recipe), dump(recipe))
+    return Fitted(session.model, finish(session, folder, progress))
+
+
+def _plan(
+    model: nn.Module,
+    tokenizer: Any,
+    stream: TaskStream,
+    guards: list[Guard],
+    methods: Sequence[Method],
+    adapter: Any,
+    settings: dict[str, Any],
+) -> Plan:
+    is_classifier = stream[0].train.shape.value == "label"
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or "in memory"
+    plan = Plan(
+        loaded=Loaded(model=model, tokenizer=tokenizer, name=name, source="object", identity=""),
+        stream=stream,
+        guards=guards,
+        methods=list(methods),
+        kind="classification" if is_classifier else "causal_lm",
+        adapter=adapter,
+        labels=class_names([], list(stream)) if is_classifier else [],
+        settings=dict(settings.get("trainer", {})),
+        max_length=settings.get("max_length") or DEFAULT_LENGTH,
+    )
+    for key in ("seed", "eval_batch_size", "checkpoint_minutes"):
+        if key in settings:
+            setattr(plan, key, settings[key])
+    return plan
+
+
+def _described(plan: Plan, settings: dict[str, Any]) -> Recipe:
+    """The recipe that says what `fit` was given, for the run folder."""
+    return parse_recipe(
+        {
+            **settings,
+            "model": plan.loaded.name,
+            "kind": plan.kind,
+            "adapter": {"kind": plan.adapter.peft_type.value.lower()} if plan.adapter else "none",
+            "labels": plan.labels,
+            "tasks": [
+                {"name": t.name, "train": t.train.source, "eval": t.eval.source, "score": t.score}
+                for t in plan.stream
+            ],
+            "methods": [{m.name(): m.model_dump(mode="json")} for m in plan.methods],
+        }
+    )

@@ -1,0 +1,124 @@
+"""Run folders to one self-contained HTML page: no script, no request, every figure with its table."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+
+from keeptune.checks import Finding, run_checks
+from keeptune.comparison import Group, compare
+from keeptune.errors import FolderError
+from keeptune.folder import RunFolder, write_atomic
+from keeptune.report_compare import ComparisonView, comparison_view
+from keeptune.report_run import RunView, quantity, run_view
+from keeptune.wording import estimate_text, headline, range_text, value_text
+
+MOST_FLIPS = 12
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the template shows.
+
+    Attributes:
+        title: For the browser's tab.
+        headline: Sentences.
+        groups: All runs, seeds together.
+        comparison: What stands on top where there are several groups.
+        runs: The runs shown in full, one of each group.
+        findings: What the checks found.
+        warnings: What the runs themselves warned of.
+        several_seeds: Whether intervals are over seeds somewhere.
+    """
+
+    title: str
+    headline: list[str]
+    groups: list[Group]
+    comparison: ComparisonView | None
+    runs: list[RunView]
+    findings: list[Finding]
+    warnings: list[str]
+    several_seeds: bool
+
+
+def write(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of one run, or of several side by side, and say where it is.
+
+    Args:
+        folders: Run folders; the run must not be finished.
+        out: The page; default report.html in the run folder, for several folders comparison.html
+            beside the first one.
+
+    Raises:
+        FolderError: A folder is not a run, is damaged or given twice, or the page cannot be written.
+    """
+    page = render(folders)
+    if out is None:
+        first = Path(folders[0])
+        out = first / "report.html" if len(folders) == 1 else first.parent / "comparison.html"
+    try:
+        write_atomic(out, page.encode())
+    except OSError as error:
+        raise FolderError(f"The report cannot be written to {out}: {error.strerror}.") from error
+    return out
+
+
+def render(folders: Sequence[Path]) -> str:
+    """The page as text.
+
+    Raises:
+        FolderError: A folder is not a run, is damaged or given twice, or none is given.
+    """
+    if not folders:
+        raise FolderError("No run folder is given: name at least one.")
+    return _environment().get_template("report.html.j2").render(page=_page(folders))
+
+
+def _page(folders: Sequence[Path]) -> Page:
+    opened = [RunFolder(folder) for folder in folders]
+    groups = compare(opened)
+    plain = next((g for g in groups if g.is_plain), None)
+    main = next((g for g in groups if not g.is_plain and not _is_joint(g)), groups[0])
+    findings = run_checks(*opened)
+    shown = max(3, MOST_FLIPS // max(1, len(groups) - 1))
+    return Page(
+        title=" and ".join(g.label for g in groups[:3]) + (" and more" if groups[3:] else ""),
+        headline=headline(main, plain),
+        groups=groups,
+        comparison=comparison_view(groups) if len(groups) > 1 else None,
+        runs=[run_view(g, i, shown) for i, g in enumerate(groups)],
+        findings=findings,
+        warnings=list(dict.fromkeys(w for f in opened for w in f.info.warnings)),
+        several_seeds=any(len(g.results) > 1 for g in groups),
+    )
+
+
+def _is_joint(group: Group) -> bool:
+    return any(m.name == "joint" for m in group.results[0].folder.info.methods)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("keeptune", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    numbers = itertools.count(1)
+    environment.globals["uid"] = lambda: f"f{next(numbers)}"
+    environment.filters.update(
+        value=value_text, range=range_text, estimate=estimate_text, quantity=quantity, muted=_muted
+    )
+    return environment
+
+
+def _muted(sentence: str) -> Markup:
+    """A sentence whose bracketed intervals are set lighter."""
+    return Markup(re.sub(r"(\([^()]*\))", r'<span class="ci">\1</span>', str(escape(sentence))))
