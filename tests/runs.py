@@ -187,7 +187,7 @@ def fabricate(
     R = stream(names[0], gain, loss) if R is None else R
     G = drift(names[1], len(R), loss / 2) if G is None else G
     recipe = {
-        "model": run.model["source"],
+        "model": run.model.get("source", "demo"),
         "adapter": {"kind": "lora", "rank": 16},
         "methods": [{m.name: m.settings} for m in run.methods],
         "trainer": {"learning_rate": 2e-4, "num_train_epochs": 2},

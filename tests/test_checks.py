@@ -73,7 +73,7 @@ def test_kt001_a_neutral_method_may_be_silent(tmp_path):
 def test_kt002_nothing_learned(tmp_path):
     R = [[0.2, 0.3, 0.4], [0.7, 0.3, 0.4], [0.7, 0.31, 0.4], [0.7, 0.31, 0.8]]
     finding = found(runs.fabricate(tmp_path / "a", runs.info(), R=R))["KT002"]
-    assert "task 'Finnish names' changed its score by +1 points (" in finding.message
+    assert "taught task 'Finnish names' (+1\u00a0points (" in finding.message
     assert "French" not in finding.message
 
 
@@ -81,7 +81,7 @@ def test_kt002_a_perplexity_that_did_not_fall(tmp_path):
     run = runs.info(["a text", "b text"])
     R = [[20.0, 20.0], [10.0, 20.0], [10.0, 21.0]]
     message = found(runs.fabricate(tmp_path / "a", run, R=R))["KT002"].message
-    assert "'b text' changed its score by +5 % perplexity" in message
+    assert "'b text' (perplexity +5\u00a0%" in message
     assert "'a text'" not in message
 
 

@@ -111,9 +111,9 @@ def test_every_default_is_filled_in(written: Any) -> None:
         },
         "tasks": [
             {"name": "a", "train": "a.jsonl", "eval": "b.jsonl"}
-            | {"score": None, "max_new_tokens": None},
+            | {"score": None, "max_new_tokens": None, "recall": False},
             {"name": "b", "train": "c.jsonl", "eval": "d.jsonl"}
-            | {"score": None, "max_new_tokens": None},
+            | {"score": None, "max_new_tokens": None, "recall": False},
         ],
         "guards": [],
         "methods": [],

@@ -31,7 +31,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if not name.startswith("_"):
+    # `from keeptune import formulas` asks here first; a submodule must not wake the registry
+    if name[:1].isupper():
         registry = importlib.import_module("keeptune.registry")
         if (method := registry.by_class_name().get(name)) is not None:
             return method

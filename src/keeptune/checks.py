@@ -14,6 +14,8 @@ from keeptune.comparison import recipe_key
 from keeptune.folder import DataInfo, RunFolder
 from keeptune.results import load
 from keeptune.tracks import task_track
+from keeptune.units import shown_as
+from keeptune.wording import estimate_text
 
 Severity = Literal["error", "warning", "note"]
 FEWEST_EXAMPLES = 30
@@ -117,18 +119,19 @@ def _nothing_learned(folder: RunFolder) -> str | None:
     for index, column in enumerate(load(folder).tasks):
         track = task_track(column, index)
         gain = track.gain
-        if gain is None or gain.value is None or gain.low is None or gain.high is None:
+        if gain is None or gain.low is None:
             continue
         better = gain.is_above if track.unit == "share" else gain.is_below
         if not better:
-            unit = "points" if track.unit == "share" else "% perplexity"
-            low, high = 100 * gain.low, 100 * gain.high
-            flat.append(
-                f"training on task {track.name!r} changed its score by {100 * gain.value:+.0f} "
-                f"{unit} ({low:+.0f} to {high:+.0f}), so that nothing was shown to be learned "
-                "and 'not forgotten' means nothing there"
-            )
-    return _sentence(flat)
+            what = "perplexity " if track.unit == "perplexity" else ""
+            change = estimate_text(gain, shown_as("change", track.unit))
+            flat.append(f"{track.name!r} ({what}{change})")
+    if not flat:
+        return None
+    return (
+        f"Training is not shown to have taught task {', '.join(flat)}: there, 'not forgotten' "
+        "means nothing."
+    )
 
 
 def _leaked(folder: RunFolder) -> str | None:

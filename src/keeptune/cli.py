@@ -79,6 +79,8 @@ def main() -> int:
 def _before_any_command() -> None:
     # TRL reports its use to a server unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Threads that spin while they wait make a shared machine many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @app.command()
@@ -89,7 +91,7 @@ def demo(
 ) -> None:
     """Teach a real small model a few tasks, plainly and with protection, and compare."""
     with _working(["demo", "--out", str(out)]) as progress:
-        from keeptune.demo import run as run_demo
+        from keeptune.demo import run_demo
 
         page = run_demo(out, progress)
     typer.echo(f"Report: {page}")
@@ -235,13 +237,16 @@ def _show(folder: RunFolder) -> None:
     from rich.console import Console
 
     from keeptune import terminal
+    from keeptune.checks import run_checks
     from keeptune.metrics import summarise
     from keeptune.report import write
 
     page = write([folder.path], None)
-    typer.echo(f"Run folder: {folder.path}")
-    typer.echo(f"Report:     {page}\n")
-    Console().print(terminal.scores_table(summarise(folder)))
+    console = Console()
+    console.print(terminal.scores_table(summarise(folder)))
+    console.print(terminal.findings_text(run_checks(folder)))
+    typer.echo(f"\nRun folder: {folder.path}")
+    typer.echo(f"Report:     {page}")
 
 
 def _complain(message: str) -> None:

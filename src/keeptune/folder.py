@@ -87,6 +87,7 @@ class DataInfo(_Record):
     """A task or guard as run.json lists it; hashes are SHA-256.
 
     Attributes:
+        recall: The evaluation rows are training rows on purpose.
         leaked_rows: Evaluation rows that are also training rows.
         truncated_rows: Training rows cut to the longest length allowed.
         dropped_rows: Training rows left out because nothing to learn was left of them.
@@ -95,6 +96,7 @@ class DataInfo(_Record):
     name: str
     score: str
     unit: Unit
+    recall: bool = False
     train_rows: int = 0
     leaked_rows: int = 0
     truncated_rows: int = 0

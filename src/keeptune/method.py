@@ -125,16 +125,17 @@ class Method(BaseModel):
     """Base of all methods: pydantic fields are hyperparameters, private attributes are state.
 
     Attributes:
-        neutral: The setting at which the method equals plain fine-tuning, bit for bit.
+        neutral: The setting at which the method equals plain fine-tuning, bit for bit; empty when
+            there is none.
         proof: The evidence that is above 0 when the method was active.
         active_from: The first task (from 0) on which it must have been active.
-        needs: What must be there: "adapter" (a PEFT model), "logits" (given to `loss`).
+        needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
         excludes: Traits that another method in the strategy must not have.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     neutral: ClassVar[dict[str, Any]] = {}
     proof: ClassVar[str] = ""
@@ -161,7 +162,8 @@ class Method(BaseModel):
 
     def is_neutral(self) -> bool:
         """Whether the settings make this method equal to plain fine-tuning."""
-        return all(getattr(self, key) == value for key, value in self.neutral.items())
+        off = self.neutral.items()
+        return bool(off) and all(getattr(self, key) == value for key, value in off)
 
     # -- the seven verbs ----------------------------------------------------------------------
 

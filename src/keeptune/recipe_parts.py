@@ -82,6 +82,8 @@ class TaskRecipe(Part):
 default: by the rows' shape."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest generated answer, in tokens; default: the expected answer's length plus 8."""
+    recall: bool = False
+    """The evaluation rows are training rows on purpose: facts to be known by heart."""
 
 
 class TextGuard(Part):

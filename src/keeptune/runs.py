@@ -81,7 +81,7 @@ def learn(
     """
     folder = RunFolder(path)
     recipe = load_recipe(folder.path / "recipe.yaml")
-    task = {"name": name, "train": data, "eval": eval or data, "score": score}
+    task = {"name": name, "train": data, "eval": eval or data, "score": score, "recall": not eval}
     names = [t.name for t in recipe.tasks]
     if name in names[: len(folder.info.tasks)] and not _is_unfinished(folder, name):
         raise FolderError(

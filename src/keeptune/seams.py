@@ -57,8 +57,20 @@ class Seams(_Base):
                 "keeptune cannot reach the gradients under DeepSpeed, which steps inside its own "
                 "backward. Use FSDP2 instead (`fsdp: true` in the trainer's settings)."
             )
+        self._require_adapter()
         self._require_logits()
         self.add_callback(_Verbs(self))
+
+    def _require_adapter(self) -> None:
+        found = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        is_lora = bool(found) and all(config.peft_type == "LORA" for config in found.values())
+        if "adapter" in self.strategy.needs and not is_lora:
+            who = [m.name() for m in self.strategy if "adapter" in m.needs]
+            trained = "another kind of adapter is" if found else "all weights are"
+            raise MethodError(
+                f"The method {who[0]!r} needs a LoRA adapter, but {trained} trained here. "
+                "Set `adapter: {kind: lora, rank: 16}` in the recipe, or remove the method."
+            )
 
     def _require_logits(self) -> None:
         below = getattr(super().compute_loss, "__func__", None)

@@ -138,7 +138,8 @@ def _task_info(task: Task, tokenised: tokens.Tokenised) -> DataInfo:
         train_sha256=task.train.sha256,
         eval_rows=len(task.eval),
         eval_sha256=task.eval.sha256,
-        leaked_rows=leaked(task.train, task.eval),
+        recall=task.recall,
+        leaked_rows=0 if task.recall else leaked(task.train, task.eval),
         truncated_rows=tokenised.truncated,
         dropped_rows=tokenised.dropped,
     )
@@ -219,6 +220,7 @@ def read_task(spec: TaskRecipe, *, where: str) -> Task:
         eval=read_rows(spec.eval, split="test", field=f"{where}.eval"),
         score=spec.score or "",
         max_new_tokens=spec.max_new_tokens,
+        recall=spec.recall,
     )
 
 

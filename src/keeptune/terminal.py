@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from keeptune.checks import Finding
     from keeptune.intervals import Estimate
     from keeptune.method import Method
     from keeptune.metrics import Summary
@@ -103,6 +104,15 @@ def scores_table(summary: Summary) -> Table:
         table.add_row(Text(track.name), ends[0], "", ends[1], change)
     table.caption = "95 % intervals in brackets; plain numbers are perplexities, lower is better"
     return table
+
+
+def findings_text(findings: Sequence[Finding]) -> Text:
+    """What the checks found, a line each: errors red, warnings yellow."""
+    styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
+    lines = [
+        Text(f"{f.code} {f.severity}: {f.message}", style=styles[f.severity]) for f in findings
+    ]
+    return Text("\n").join(lines)
 
 
 def score_text(estimate: Estimate | None, unit: str) -> str:

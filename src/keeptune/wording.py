@@ -9,7 +9,7 @@ from keeptune.intervals import Estimate
 from keeptune.units import Shown
 
 SPACE = "\u00a0"
-_FINE = 0.02
+_FINE = 0.01
 
 
 def number(value: float, shown: Shown, *, digits: int = 0, sign: bool = True) -> str:
@@ -24,7 +24,7 @@ def number(value: float, shown: Shown, *, digits: int = 0, sign: bool = True) ->
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if shown == "perplexity":
-        return f"{value:.3g}" if value < 1000 else f"{value:,.0f}".replace(",", SPACE)
+        return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
     plus = "+" if sign and shown in ("points", "relative") else ""
     text = f"{100 * value:{plus}.{digits}f}"
     if not any(c in "123456789" for c in text):
@@ -57,6 +57,8 @@ def range_text(estimate: Estimate | None, shown: Shown, *, sign: bool = True) ->
     """`65–77`, or `+4 to +11` where there are signs; "" without an interval."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
+    if estimate.low == estimate.high:
+        return "±0"
     digits = digits_for(estimate)
     low, high = (number(e, shown, digits=digits, sign=sign) for e in (estimate.low, estimate.high))
     return f"{low} to {high}" if {"+", "−"} & {low[0], high[0]} else f"{low}–{high}"
@@ -82,10 +84,10 @@ def headline(group: Group, plain: Group | None = None) -> list[str]:
         return ["No task is learned yet."]
     sentences = [
         _learned(group, summary.learned, summary.planned),
-        _learned_perplexity(group),
-        _since(group),
-        _since_perplexity(group),
         _kept(group, plain),
+        _since(group),
+        _learned_perplexity(group),
+        _since_perplexity(group),
         _guard_perplexity(group),
     ]
     if not summary.guards:
@@ -126,13 +128,13 @@ def _learned(group: Group, learned: int, planned: int) -> str:
     n = _terms(group, "learning_gain")
     average = " on average" if n > 1 else ""
     tasks = _count(n, "task") if learned == planned or n < learned else f"{n} of {planned} tasks"
-    text, ends = value_text(gain, "points"), range_text(gain, "points")
     if gain.is_above:
-        return f"Learned {tasks}: {text}{average} ({range_text(gain, 'points', sign=False)})."
+        ends = range_text(gain, "points", sign=False)
+        return f"Learned {tasks}: {value_text(gain, 'points')}{average} ({ends})."
     if gain.is_below:
         return f"Learned nothing: {tasks} lost {_size(gain, 'points')}{average} in training."
-    known = f"({ends})" if ends else "(no interval)"
-    return f"No learning that this sample could show: {tasks}, {text}{average} {known}."
+    change = f"{value_text(gain, 'points')}{average}{_ends(gain, 'points')}"
+    return f"{tasks} changed by {change} in training: no learning that this sample could show."
 
 
 def _learned_perplexity(group: Group) -> str:
@@ -151,7 +153,8 @@ def _since(group: Group) -> str:
         return f"Earlier tasks lost {_size(change, 'points')} since they were learned."
     if change.is_above:
         return f"Earlier tasks gained {_size(change, 'points')} since they were learned."
-    return f"Earlier tasks: no loss that this sample could show, {_signed(change, 'points')}."
+    text = value_text(change, "points") + _ends(change, "points")
+    return f"Earlier tasks changed by {text} since: no loss that this sample could show."
 
 
 def _since_perplexity(group: Group) -> str:
@@ -166,12 +169,12 @@ def _perplexity(change: Estimate, subject: str, when: str) -> str:
         return f"{subject} rose by {_size(change, 'relative')} {when}."
     if change.is_below:
         return f"{subject} fell by {_size(change, 'relative')} {when}."
-    return f"{subject}: no change that this sample could show, {_signed(change, 'relative')}."
+    text = value_text(change, "relative") + _ends(change, "relative")
+    return f"{subject} changed by {text} {when}: nothing that this sample could show."
 
 
-def _signed(change: Estimate, shown: Shown) -> str:
-    ends = range_text(change, shown)
-    return value_text(change, shown) + (f" ({ends})" if ends else " (no interval)")
+def _ends(change: Estimate, shown: Shown) -> str:
+    return f" ({range_text(change, shown) or 'no interval'})"
 
 
 def _kept(group: Group, plain: Group | None) -> str:
@@ -181,13 +184,14 @@ def _kept(group: Group, plain: Group | None) -> str:
     guards = _count(_terms(group, "guard_kept"), "guard")
     text = estimate_text(kept, "share")
     loss = kept.shifted(-1.0)
-    if loss.is_below:
-        said = f"Kept {text} of what it knew before, by {guards}"
-    elif loss.is_above:
+    if loss.is_above:
         said = f"Knows more than before, by {guards}: {text}"
     else:
-        said = f"No loss of what it knew before that this sample could show: kept {text}"
-    return said + _against(group, plain) + "."
+        said = f"Kept {text} of what it knew before, by {guards}"
+    against = _against(group, plain)
+    if not loss.is_above and not loss.is_below:
+        return f"{said}: no loss that this sample could show{against}."
+    return f"{said}{against}."
 
 
 def _against(group: Group, plain: Group | None) -> str:

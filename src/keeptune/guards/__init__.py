@@ -1,5 +1,45 @@
-"""PLACEHOLDER by the lead: the owner of guards replaces this file (names(), load(name) -> [(name, Rows, score)], unknown(name) -> sentence)."""
+"""Ready-made guards: abilities that most models have before any training.
+
+A recipe names them: `guards: [facts]`. Each is rows with a score; "facts" is all of them.
+"""
+
 from __future__ import annotations
-def names(): return []
-def unknown(name): return f"There is no guard {name!r}."
-def load(name): return []
+
+from collections.abc import Callable, Mapping
+
+from keeptune.errors import suggest
+from keeptune.guards import facts
+from keeptune.rows import Row, Rows, read_rows
+
+GUARDS: Mapping[str, Callable[[], list[Row]]] = {
+    "capitals": facts.capitals,
+    "continents": facts.continents,
+    "currencies": facts.currencies,
+}
+GROUPS: Mapping[str, tuple[str, ...]] = {"facts": ("capitals", "continents", "currencies")}
+
+
+def names() -> list[str]:
+    """The names that a recipe may use, groups last."""
+    return [*GUARDS, *GROUPS]
+
+
+def load(name: str) -> list[tuple[str, Rows, str]]:
+    """Make a ready-made guard.
+
+    Args:
+        name: One of `names()`; a group gives all of its guards.
+
+    Returns:
+        Each guard's name, rows and score.
+
+    Raises:
+        DataError: The package that the rows are made from is not installed.
+    """
+    wanted = GROUPS.get(name, (name,))
+    return [(one, read_rows(GUARDS[one](), field=f"guard {one!r}"), "choice") for one in wanted]
+
+
+def unknown(name: str) -> str:
+    """Say that there is no such guard, and which there are."""
+    return f"There is no ready-made guard {name!r}. {suggest(name, names())}"

@@ -34,10 +34,6 @@ class Joint(Method):
     _buffer: Buffer = PrivateAttr(default_factory=lambda: Buffer(None))
     _first: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
-    def is_neutral(self) -> bool:
-        """Never: the union is always trained on."""
-        return False
-
     @torch.no_grad()
     def begin_task(self, ctx: Context) -> None:
         """Keep the first weights, or go back to them."""

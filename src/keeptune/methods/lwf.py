@@ -93,13 +93,16 @@ class LwF(Method):
     def end_task(self, ctx: Context) -> None:
         """Drop the old weights."""
         self._teacher.clear()
+        self._teacher_of = -1
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the old weights back."""
         self._teacher_of = int(state.values["teacher_of"])
-        self._sums = state.tensors.pop("sums").to(ctx.device)
+        self._sums = state.tensors["sums"].to(ctx.device)
         self._teacher = {
-            n.removeprefix("teacher/"): t.to(ctx.device) for n, t in state.tensors.items()
+            n.removeprefix("teacher/"): t.to(ctx.device)
+            for n, t in state.tensors.items()
+            if n.startswith("teacher/")
         }
 
     def declared_bytes(self, ctx: Context) -> int:

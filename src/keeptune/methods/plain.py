@@ -18,3 +18,7 @@ from keeptune.method import Method
 
 class Plain(Method):
     """Does nothing; the same as an empty list of methods."""
+
+    def is_neutral(self) -> bool:
+        """Always."""
+        return True

@@ -50,19 +50,11 @@ class TaskLoRA(Method):
     _adapters: dict[str, str] = PrivateAttr(default_factory=dict)
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def is_neutral(self) -> bool:
-        """Never: every task gets its own weights."""
-        return False
-
     def begin_task(self, ctx: Context) -> None:
         """Add and train one more adapter."""
         model: Any = ctx.model
-        if not hasattr(model, "add_adapter") or not hasattr(model, "peft_config"):
-            raise MethodError(
-                "task_lora needs a LoRA adapter, but all weights are trained here. "
-                "Set `adapter: {kind: lora, rank: 16}` in the recipe."
-            )
         self._drop_merged(model)
+        self._hashes = {t: adapter_hash(model, a) for t, a in self._adapters.items()}
         name = f"task_{ctx.index:03d}"
         self._add(ctx, name)
         self._adapters[ctx.task] = name
@@ -87,16 +79,13 @@ class TaskLoRA(Method):
 
     def end_task(self, ctx: Context) -> None:
         """Check that earlier adapters are bit for bit what they were."""
-        own = self._adapters[ctx.task]
-        for task, adapter in self._adapters.items():
-            now = adapter_hash(ctx.model, adapter)
-            if adapter != own and self._hashes[task] != now:
+        for task, before in self._hashes.items():
+            if adapter_hash(ctx.model, self._adapters[task]) != before:
                 raise MethodError(
                     f"task_lora found the adapter of task {task!r} changed while {ctx.task!r} was "
                     "learned. Another method in the strategy must be editing it; remove that one."
                 )
-            self._hashes[task] = now
-        self._evidence.update(adapters=len(self._adapters), identical=len(self._adapters) - 1)
+        self._evidence.update(adapters=len(self._adapters), identical=len(self._hashes))
 
     def serve(self, ctx: Context, task: str | None) -> None:
         """The task's adapter; for an unknown task the mean of all."""

@@ -110,11 +110,12 @@ class Lane:
 
 @dataclass(frozen=True)
 class DotRow:
-    """One task or guard of a dot plot; `note` stands at its end."""
+    """One task or guard of a dot plot; `note` stands at its end, in bold when `is_clear`."""
 
     name: str
     lanes: list[Lane]
     note: str
+    is_clear: bool = False
 
 
 @dataclass(frozen=True)

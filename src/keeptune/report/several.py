@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keeptune.axes import DotPlot, DotRow, Lane, Scatter, axis_for, mark, scatter
 from keeptune.comparison import Group
 from keeptune.intervals import Estimate, over_seeds
+from keeptune.report.axes import DotPlot, DotRow, Lane, Scatter, axis_for, mark, scatter
 from keeptune.tracks import Track
 from keeptune.units import UNITS, Shown
-from keeptune.wording import estimate_text
+from keeptune.wording import estimate_text, unit_of
 
 COLUMNS = (
     "learning_gain",
@@ -106,7 +106,7 @@ def _cell(group: Group, key: str) -> ComparisonCell:
         return ComparisonCell("–", "", False)
     shown: Shown = "points" if metric.shown in ("share", "points") else "relative"
     clear = gap is not None and (gap.is_above or gap.is_below)
-    difference = "" if gap is None else estimate_text(gap, shown)
+    difference = "" if gap is None else estimate_text(gap, shown).replace(unit_of("points"), "")
     return ComparisonCell(estimate_text(metric.estimate, metric.shown), difference, clear)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keeptune.axes import Axis, axis_for, mark
 from keeptune.folder import RunFolder, Unit
+from keeptune.report.axes import Axis, axis_for, mark
 from keeptune.results import Column, Results
 from keeptune.tracks import level
 from keeptune.wording import estimate_text, unit_of, value_text
@@ -167,16 +167,28 @@ def _row_ticks(rows: int, own: int) -> list[tuple[float, str, bool]]:
 
 
 @dataclass(frozen=True)
+class LossLine:
+    """One task's losses: SVG points, where they start and how wide they are in percent."""
+
+    task: str
+    points: str
+    start: float
+    width: float
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
 class LossCurve:
     """Training loss over the steps of the whole stream.
 
     Attributes:
-        lines: One a task: its name, SVG points, percent where it starts and ends.
+        lines: One a task.
         ticks: Of the upright axis: percent from the top, label.
         steps: Number of the last step.
     """
 
-    lines: list[tuple[str, str, float, float]]
+    lines: list[LossLine]
     ticks: list[tuple[float, str]]
     steps: int
 
@@ -203,8 +215,8 @@ def loss_curve(folder: RunFolder) -> LossCurve | None:
             f"{100 * (starts[task] + step) / total:.1f},{100 - 100 * loss / top:.1f}"
             for step, loss in _thinned(own, every)
         ]
-        start = round(100 * starts[task] / total, 2)
-        lines.append((task, " ".join(points), start, start + round(100 * length / total, 2)))
+        start, width = (round(100 * part / total, 2) for part in (starts[task], length))
+        lines.append(LossLine(task, " ".join(points), start, width, own[0][1], own[-1][1]))
     ticks = [(100 - 50.0 * i, f"{top * i / 2:.2g}") for i in range(3)]
     return LossCurve(lines, ticks, total)
 

@@ -1,7 +1,8 @@
-"""Run folders to one self-contained HTML page: no script, no request, every figure with its table."""
+"""Run folders to one self-contained HTML page: no script, no request, every figure its table."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -15,11 +16,14 @@ from keeptune.checks import Finding, run_checks
 from keeptune.comparison import Group, compare
 from keeptune.errors import FolderError
 from keeptune.folder import RunFolder, write_atomic
-from keeptune.report_compare import ComparisonView, comparison_view
-from keeptune.report_run import RunView, quantity, run_view
-from keeptune.wording import estimate_text, headline, range_text, value_text
+from keeptune.report.flips import cut
+from keeptune.report.several import ComparisonView, comparison_view
+from keeptune.report.single import RunView, quantity, run_view
+from keeptune.wording import headline, range_text, value_text
 
 MOST_FLIPS = 12
+_UNSEEN = (*range(9), 11, 12, *range(14, 32), *range(0x7F, 0xA0), 0x200E, 0x200F, 0x061C)
+_CONTROLS = dict.fromkeys((*_UNSEEN, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Page:
 
     Attributes:
         title: For the browser's tab.
+        main: The run that the headline is about.
         headline: Sentences.
         groups: All runs, seeds together.
         comparison: What stands on top where there are several groups.
@@ -38,6 +43,7 @@ class Page:
     """
 
     title: str
+    main: str
     headline: list[str]
     groups: list[Group]
     comparison: ComparisonView | None
@@ -56,7 +62,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
             beside the first one.
 
     Raises:
-        FolderError: A folder is not a run, is damaged or given twice, or the page cannot be written.
+        FolderError: A folder is not a run, is damaged or given twice, or the disk is full.
     """
     page = render(folders)
     if out is None:
@@ -77,7 +83,9 @@ def render(folders: Sequence[Path]) -> str:
     """
     if not folders:
         raise FolderError("No run folder is given: name at least one.")
-    return _environment().get_template("report.html.j2").render(page=_page(folders))
+    numbers = itertools.count(1)
+    template = _environment().get_template("report.html.j2")
+    return template.render(page=_page(folders), uid=lambda: f"f{next(numbers)}")
 
 
 def _page(folders: Sequence[Path]) -> Page:
@@ -89,6 +97,7 @@ def _page(folders: Sequence[Path]) -> Page:
     shown = max(3, MOST_FLIPS // max(1, len(groups) - 1))
     return Page(
         title=" and ".join(g.label for g in groups[:3]) + (" and more" if groups[3:] else ""),
+        main=main.label,
         headline=headline(main, plain),
         groups=groups,
         comparison=comparison_view(groups) if len(groups) > 1 else None,
@@ -103,6 +112,7 @@ def _is_joint(group: Group) -> bool:
     return any(m.name == "joint" for m in group.results[0].folder.info.methods)
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("keeptune", "templates"),
@@ -110,13 +120,24 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_visible,
     )
-    numbers = itertools.count(1)
-    environment.globals["uid"] = lambda: f"f{next(numbers)}"
     environment.filters.update(
-        value=value_text, range=range_text, estimate=estimate_text, quantity=quantity, muted=_muted
+        value=value_text, range=range_text, quantity=quantity, muted=_muted, name=_name
     )
     return environment
+
+
+def _visible(value: object) -> object:
+    """Text without control characters: an unclosed one would turn the text after it around."""
+    return value.translate(_CONTROLS) if type(value) is str else value
+
+
+def _name(text: str, length: int = 48) -> Markup:
+    """A name, cut where it is very long; pointing at it shows the whole."""
+    shown, whole = escape(_visible(cut(text, length))), escape(_visible(text))
+    title = Markup(' title="{}"').format(whole) if len(text) > length else ""
+    return Markup("<bdi{}>{}</bdi>").format(title, shown)
 
 
 def _muted(sentence: str) -> Markup:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keeptune.axes import Axis, DotPlot, DotRow, Lane, Mark, axis_for, mark
 from keeptune.comparison import Group
-from keeptune.figures import HeatCell, LossCurve, Panel, heat_map, loss_curve, panels
-from keeptune.flips import Flips, cut, flips
 from keeptune.folder import RunFolder, RunInfo
 from keeptune.metrics import Metric, Summary
+from keeptune.report.axes import Axis, DotPlot, DotRow, Lane, Mark, axis_for, mark
+from keeptune.report.figures import HeatCell, LossCurve, Panel, heat_map, loss_curve, panels
+from keeptune.report.flips import Flips, cut, flips
 from keeptune.results import Results
 from keeptune.tracks import Track
 from keeptune.units import UNITS, shown_as
@@ -151,7 +151,8 @@ def _guard_row(track: Track, axis: Axis) -> DotRow:
         Lane("before training", "before", mark(track.before, axis)),
         Lane("now", "guard", mark(track.after, axis)),
     ]
-    return DotRow(track.name, lanes, estimate_text(track.change, shown))
+    clear = track.change.is_above or track.change.is_below
+    return DotRow(track.name, lanes, estimate_text(track.change, shown), clear)
 
 
 def _evidence(folder: RunFolder) -> list[EvidenceTable]:

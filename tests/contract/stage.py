@@ -1,0 +1,303 @@
+"""Tiny runs of a strategy over three tasks, watched from the inside; equal runs are run once."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+import pico
+from keeptune import state
+from keeptune.method import Batch, Chain, Context, Method
+from keeptune.tokens import collate
+from keeptune.trainers import TextTrainer, build_trainer
+
+TASKS, ROWS, LENGTH, STEPS, BATCH, VOCAB = 3, 10, 10, 4, 4, 32
+SETTINGS: dict[str, Any] = {
+    # SGD, because Adam's first steps turn rounding into whole steps.
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_steps": STEPS,
+    "output_dir": tempfile.gettempdir(),
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method under test, with the settings at which it is looked at."""
+
+    cls: type[Method]
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def make(self) -> Method:
+        """A fresh method."""
+        return self.cls(**dict(self.settings))
+
+    @property
+    def neutral(self) -> Subject:
+        """The same method, switched off."""
+        return Subject(self.cls, tuple(self.cls.neutral.items()))
+
+
+Strategy = tuple[Subject, ...]
+
+
+@dataclass
+class Seen:
+    """What a run showed.
+
+    Attributes:
+        weights: The model's own tensors after each task.
+        logits: [rows, L, V], the last model's answers on rows of all tasks.
+        evidence: Of each task, one dictionary for each method.
+        disturbed: What a verb left otherwise than it found it, in words.
+        memory: (when, bytes declared, bytes in `state()`, bytes held in attributes) per method.
+        base_moved: Whether weights that are not trained moved.
+    """
+
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    evidence: list[list[dict[str, Any]]] = field(default_factory=list)
+    disturbed: list[str] = field(default_factory=list)
+    memory: list[tuple[str, int, int, int]] = field(default_factory=list)
+    base_moved: bool = False
+
+
+@cache
+def rows(task: int) -> Dataset:
+    """One task's rows: equally long, with answers of 4 to 7 tokens.
+
+    Equally long, because TRL pads each micro batch to its own longest row.
+    """
+    g = torch.Generator().manual_seed(100 + task)
+    ids = torch.randint(6, VOCAB, (ROWS, LENGTH), generator=g).tolist()
+    labels = [[-100] * (3 + i % 4) + x[3 + i % 4 :] for i, x in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def build_model(lora: bool) -> nn.Module:
+    """The model every run starts from."""
+    model = pico.causal_lm(VOCAB)
+    return pico.adapted(model) if lora else model
+
+
+class Watched(Chain):
+    """A chain that notes what each verb disturbs and how much memory its methods hold."""
+
+    def __init__(self, methods: list[Method], seen: Seen) -> None:
+        super().__init__(methods)
+        self.seen = seen
+        self.parts: tuple[list[nn.Parameter], list[nn.Module]] = ([], [])
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self.parts = (list(ctx.model.parameters()), list(ctx.model.modules()))
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        with self._untouched("data"):
+            return super().data(ctx, dataset)
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
+        with self._untouched("loss"):
+            return super().loss(ctx, batch, outputs)
+
+    def gradients(self, ctx: Context) -> None:
+        with self._untouched("gradients"):
+            super().gradients(ctx)
+
+    def after_step(self, ctx: Context) -> None:
+        with self._untouched("after_step"):
+            super().after_step(ctx)
+        self.weigh("in the middle of", ctx)
+
+    def end_task(self, ctx: Context) -> None:
+        with self._untouched("end_task"):
+            super().end_task(ctx)
+        self.weigh("after", ctx)
+
+    @contextmanager
+    def _untouched(self, verb: str) -> Iterator[None]:
+        before = _surroundings(*self.parts)
+        yield
+        for what, now in _surroundings(*self.parts).items():
+            if before[what] != now:
+                self.seen.disturbed.append(f"{verb} changed {what}")
+
+    def weigh(self, when: str, ctx: Context) -> None:
+        """Note the declared and the measured memory."""
+        for method in self.methods:
+            kept = sum(t.nbytes for t in method.state().tensors.values())
+            held = _held(method.__pydantic_private__, set())
+            self.seen.memory.append(
+                (f"{when} task {ctx.index}", method.declared_bytes(ctx), kept, held)
+            )
+
+
+def _surroundings(parameters: list[nn.Parameter], modules: list[nn.Module]) -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {
+        "requires_grad": [p.requires_grad for p in parameters],
+        "train mode": [m.training for m in modules],
+        "torch's global random numbers": torch.get_rng_state().numpy().tobytes(),
+        "numpy's global random numbers": (name, np.asarray(keys).tobytes(), *rest),
+        "Python's global random numbers": random.getstate(),
+    }
+
+
+def _held(value: Any, known: set[int]) -> int:
+    """Bytes of every tensor and array reachable from a method's attributes."""
+    if id(value) in known:
+        return 0
+    known.add(id(value))
+    if isinstance(value, Tensor | np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, dict):
+        return sum(_held(v, known) for v in value.values())
+    if isinstance(value, list | tuple | set):
+        return sum(_held(v, known) for v in value)
+    return _held(vars(value), known) if hasattr(value, "__dict__") else 0
+
+
+def build(
+    methods: list[Method], *, lora: bool = False, cut: int = 1, **more: Any
+) -> tuple[TextTrainer, Seen]:
+    """A trainer over a fresh model, and what it will have shown."""
+    model, tokenizer, seen = build_model(lora), pico.tokenizer(), Seen()
+    batches = {
+        "per_device_train_batch_size": BATCH // cut,
+        "gradient_accumulation_steps": cut,
+    }
+    trainer = build_trainer(
+        "causal_lm",
+        model,
+        tokenizer,
+        rows(0),
+        methods,
+        SETTINGS | batches | more,
+        collate(tokenizer),
+    )
+    assert isinstance(trainer, TextTrainer)
+    if len(methods) == 1:
+        trainer.strategy = Watched(methods, seen)
+    return trainer, seen
+
+
+def go(trainer: TextTrainer, seen: Seen, tasks: range, resume: Path | None = None) -> None:
+    """Learn these tasks and note what each left; `resume` is a state inside the first of them."""
+    base = _base(trainer.model)
+    for task in tasks:
+        trainer.learn(f"t{task}", rows(task), index=task, resume=resume)
+        resume = None
+        own = state.own_tensors(trainer.model)
+        seen.weights.append({n: t.detach().clone() for n, t in own.items()})
+        seen.evidence.append([m.evidence() for m in trainer.strategy])
+    seen.base_moved = not same(base, _base(trainer.model))
+    seen.logits = answers(trainer.model)
+
+
+def _base(model: nn.Module) -> dict[str, Tensor]:
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+    return {
+        n: p.detach().clone()
+        for n, p in model.named_parameters()
+        if id(p) not in own and "lora_" not in n
+    }
+
+
+@torch.no_grad()
+def answers(model: nn.Module) -> Tensor:
+    """[rows, L, V]: logits on the rows of all tasks."""
+    model.eval()
+    ids = torch.tensor([row["input_ids"] for task in range(TASKS) for row in rows(task)])
+    return model(input_ids=ids).logits
+
+
+@cache
+def run(
+    strategy: Strategy = (),
+    *,
+    lora: bool = False,
+    cut: int = 1,
+    tasks: int = TASKS,
+    seed: int = 0,
+) -> Seen:
+    """Learn the tasks one after another; use `run.__wrapped__` to really run a second time."""
+    trainer, seen = build([s.make() for s in strategy], lora=lora, cut=cut, seed=seed)
+    go(trainer, seen, range(tasks))
+    return seen
+
+
+def continued(subject: Subject, folder: Path, *, lora: bool) -> tuple[Seen, list[str]]:
+    """Learn all but the last task, save, load into fresh objects, learn the last.
+
+    Returns:
+        What the second half showed, and what was not the same after loading as before saving.
+    """
+    trainer, seen = build([subject.make()], lora=lora)
+    go(trainer, seen, range(TASKS - 1))
+    state.write_tensors(folder / "weights.safetensors", state.own_tensors(trainer.model))
+    state.write_methods(folder, trainer.strategy)
+    again, seen = build([subject.make()], lora=lora)
+    ctx = Context(again.model, f"t{TASKS - 2}", TASKS - 2, rows(TASKS - 2), again.data_collator)
+    state.read_methods(folder, again.strategy, ctx)
+    state.put_tensors(again.model, state.load_file(folder / "weights.safetensors"))
+    pairs = zip(trainer.strategy, again.strategy, strict=True)
+    lost = [word for old, new in pairs for word in _lost(old, new)]
+    go(again, seen, range(TASKS - 1, TASKS))
+    return seen, lost
+
+
+def _lost(old: Method, new: Method) -> list[str]:
+    then, now = old.state(), new.state()
+    lost = [
+        n for n in {*then.tensors, *now.tensors}
+        if n not in then.tensors or n not in now.tensors
+        or not torch.equal(then.tensors[n], now.tensors[n])
+    ]  # fmt: skip
+    lost += ["values"] * (then.values != now.values)
+    return lost + ["evidence"] * (old.evidence() != new.evidence())
+
+
+def interrupted(subject: Subject, folder: Path, *, lora: bool) -> Seen:
+    """Stop in the middle of the last task, load that state into fresh objects, and go on."""
+    trainer, seen = build([subject.make()], lora=lora)
+    go(trainer, seen, range(TASKS - 1))
+    state.write_tensors(folder / "weights.safetensors", state.own_tensors(trainer.model))
+    state.write_methods(folder, trainer.strategy)
+    stop = Event()
+    trainer.progress_root = folder / "progress"
+    trainer.watch(lambda step, *_: stop.set() if step == STEPS // 2 else None, 60, stop)
+    trainer.learn(f"t{TASKS - 1}", rows(TASKS - 1), index=TASKS - 1)
+    (progress,) = trainer.progress_root.iterdir()
+    again, seen = build([subject.make()], lora=lora)
+    ctx = Context(again.model, f"t{TASKS - 2}", TASKS - 2, rows(TASKS - 2), again.data_collator)
+    state.read_methods(folder, again.strategy, ctx)
+    state.put_tensors(again.model, state.load_file(folder / "weights.safetensors"))
+    go(again, seen, range(TASKS - 1, TASKS), resume=progress)
+    return seen
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two sets of weights are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def distance(one: Seen, other: Seen) -> float:
+    """How far two runs' last models answer apart: norm of the logits' difference.
+
+    In answers, not in weights, because a method may train other weights than plain does.
+    """
+    return float((one.logits - other.logits).norm())

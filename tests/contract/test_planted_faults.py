@@ -1,0 +1,682 @@
+"""Every clause must catch a method that is wrong in just that way."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from pydantic import ConfigDict, Field, PrivateAttr
+from torch import Tensor
+
+import clauses
+import stage
+from keeptune import registry
+from keeptune.errors import MethodError
+from keeptune.method import Batch, Chain, Context, Method, State
+from keeptune.methods.ewc import EWC
+from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods.replay import Replay
+from keeptune.methods.task_lora import TaskLoRA
+from keeptune.methods.wise import WiSE
+from keeptune.seams import Seams
+from partners import MoreRows, Partner, Pull
+from stage import Subject
+
+Check = Callable[..., None]
+
+
+def caught(check: Check, cls: type[Method], words: str, *arguments: Any, **more: Any) -> None:
+    """The check fails for this class, and for this reason."""
+    with pytest.raises(AssertionError, match=words):
+        check(Subject(cls), *arguments, **{"lora": False, **more})
+
+
+# -- 1 --------------------------------------------------------------------------------------------
+
+
+class Draws(EWC):
+    """Off, but it takes a number from the global generator, and so the rows come otherwise."""
+
+    def begin_task(self, ctx: Context) -> None:
+        torch.rand(1)
+
+
+class Rounds(WiSE):
+    """Off, but its arithmetic rounds: w ← before + 1 · (w − before)."""
+
+    @torch.no_grad()
+    def begin_task(self, ctx: Context) -> None:
+        self._before = {n: p.detach().clone() for n, p in ctx.trainable().items()}
+
+    @torch.no_grad()
+    def end_task(self, ctx: Context) -> None:
+        for name, weight in ctx.trainable().items():
+            weight.copy_(self._before[name] + self.mix * (weight - self._before[name]))
+        self._before.clear()
+
+
+class Denies(EWC):
+    """Equal to plain at its neutral setting, but does not say so."""
+
+    def is_neutral(self) -> bool:
+        return False
+
+
+class Early(Pull):
+    """Says that it acts from the second task on, and acts in the first."""
+
+    active_from: ClassVar[int] = 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Draws, "is not plain"),
+        (Rounds, "is not plain"),
+        (Denies, "is_neutral"),
+        (Early, "task 0 is not plain"),
+    ],
+)
+def test_1_neutral_is_not_plain(cls: type[Method], words: str) -> None:
+    caught(clauses.neutral_is_plain, cls, words)
+
+
+# -- 2 --------------------------------------------------------------------------------------------
+
+
+class Sleeps(EWC):
+    """Its default is far too weak to see."""
+
+    strength: float = Field(1e-9, ge=0, description="weight of the penalty")
+
+
+class StartsOff(EWC):
+    """Its default is off."""
+
+    strength: float = Field(0.0, ge=0, description="weight of the penalty")
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"), [(Sleeps, "changes the answers by"), (StartsOff, "neutral at its default")]
+)
+def test_2_default_changes_nothing(cls: type[Method], words: str) -> None:
+    caught(clauses.default_changes_something, cls, words)
+
+
+# -- 3 --------------------------------------------------------------------------------------------
+
+
+class Unseeded(Replay):
+    """Draws with the machine's entropy."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        chosen = np.random.default_rng().permutation(len(dataset))[:5]
+        return concatenate_datasets([dataset, dataset.select(chosen)])
+
+
+class Remembers(MoreRows):
+    """Keeps something in the class, so that a second run is another one."""
+
+    calls: ClassVar[list[int]] = []
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        self.calls.append(ctx.index)
+        return concatenate_datasets([dataset] * (1 + len(self.calls)))
+
+
+@pytest.mark.parametrize("cls", [Unseeded, Remembers])
+def test_3_same_seed_other_weights(cls: type[Method]) -> None:
+    caught(clauses.same_seed_same_weights, cls, "the same seed gave other weights")
+
+
+# -- 4 --------------------------------------------------------------------------------------------
+
+
+class PerMicroBatch(LwF):
+    """Averages over its micro batch, so that four of them pay four times."""
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor:
+        self._look_back(ctx)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            old = torch.func.functional_call(ctx.model, self._teacher, (), inputs).logits
+        new = ctx.answer_logits(outputs.logits, batch)
+        return softened_kl(new, ctx.answer_logits(old, batch), self.temperature).mean()
+
+
+class PenaltyInLoss(EWC):
+    """Pays its penalty in `loss`: once for each micro batch."""
+
+    def gradients(self, ctx: Context) -> None:
+        pass
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
+        pairs = ((p, n) for n, p in ctx.trainable().items() if n in self._anchor)
+        terms = [(self._fisher[n] * (p - self._anchor[n]).square()).sum() for p, n in pairs]
+        return 0.5 * self.strength * torch.stack(terms).sum() if terms else None
+
+
+@pytest.mark.parametrize("cls", [PerMicroBatch, PenaltyInLoss])
+def test_4_accumulation_shows(cls: type[Method]) -> None:
+    caught(clauses.accumulation_is_invisible, cls, "four micro batches differ")
+
+
+# -- 5 --------------------------------------------------------------------------------------------
+
+
+class Forgets(EWC):
+    """Saves nothing."""
+
+    def state(self) -> State:
+        return State()
+
+
+class Coarse(EWC):
+    """Saves half of the digits."""
+
+    def state(self) -> State:
+        return State({n: t.half() for n, t in super().state().tensors.items()})
+
+    def restore(self, ctx: Context, state: State) -> None:
+        super().restore(ctx, State({n: t.float() for n, t in state.tensors.items()}))
+
+
+class Stream(Partner):
+    """Draws from one long stream of numbers whose place is not saved."""
+
+    proof: ClassVar[str] = "drawn"
+    _random: random.Random = PrivateAttr(default_factory=lambda: random.Random(0))
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        chosen = self._random.sample(range(len(dataset)), 3)
+        self._evidence["drawn"] = sum(chosen)
+        return concatenate_datasets([dataset, dataset.select(chosen)])
+
+
+class Swaps(EWC):
+    """Restores importance as anchor."""
+
+    def restore(self, ctx: Context, state: State) -> None:
+        super().restore(ctx, state)
+        self._anchor, self._fisher = self._fisher, self._anchor
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Forgets, "another end"),
+        (Coarse, "another end"),
+        (Stream, "another end"),
+        (Swaps, "not the same after loading"),
+    ],
+)
+def test_5_does_not_go_on_after_a_task(cls: type[Method], words: str, tmp_path: Path) -> None:
+    caught(clauses.goes_on_after_a_task, cls, words, tmp_path)
+
+
+class LosesTeacher(LwF):
+    """Saves its old weights between tasks only, when there are none."""
+
+    def state(self) -> State:
+        return State({"sums": self._sums}, {"teacher_of": -1})
+
+
+class LosesBefore(WiSE):
+    """Takes the weights in the middle of the task for those before it."""
+
+    def restore(self, ctx: Context, state: State) -> None:
+        for weight in self._before.values():
+            weight.mul_(0.9)
+
+
+class LosesCount(Partner):
+    """Its evidence counts the steps, and the count is not saved."""
+
+    proof: ClassVar[str] = "steps"
+    _steps: int = PrivateAttr(0)
+
+    def begin_task(self, ctx: Context) -> None:
+        self._steps = 0
+
+    def after_step(self, ctx: Context) -> None:
+        self._steps += 1
+
+    def evidence(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [(LosesTeacher, "another end"), (LosesBefore, "another end"), (LosesCount, "other evidence")],
+)
+def test_5_does_not_go_on_inside_a_task(cls: type[Method], words: str, tmp_path: Path) -> None:
+    caught(clauses.goes_on_inside_a_task, cls, words, tmp_path)
+
+
+# -- 6 --------------------------------------------------------------------------------------------
+
+
+class DropsRows(Replay):
+    """Adds to the task's own rows and so drops what a method before it added."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return super().data(ctx, ctx.dataset)
+
+
+class Overwrites(Partner):
+    """Replaces the gradients instead of adding to them."""
+
+    proof: ClassVar[str] = "always"
+
+    def gradients(self, ctx: Context) -> None:
+        self._evidence["always"] = 1
+        for parameter in ctx.trainable().values():
+            parameter.grad = parameter.detach().clone()
+
+
+class Alone(MoreRows):
+    """Does nothing once another method has added rows."""
+
+    proof: ClassVar[str] = "always"
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        self._evidence["always"] = 1
+        return super().data(ctx, dataset) if len(dataset) == len(ctx.dataset) else dataset
+
+
+class ShyProof(EWC):
+    """Loses its evidence when more rows than its own are trained on."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        object.__setattr__(self, "_evidence", {} if len(dataset) > stage.ROWS else self._evidence)
+        return dataset
+
+    def evidence(self) -> dict[str, Any]:
+        return {}
+
+
+class NotOff(EWC):
+    """Off, but it sorts the rows that a method before it added."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset if len(dataset) == stage.ROWS else dataset.select(range(1, len(dataset)))
+
+
+@pytest.mark.parametrize(
+    ("cls", "partner", "words"),
+    [
+        (DropsRows, MoreRows, "MoreRows then DropsRows: MoreRows did nothing"),
+        (Overwrites, Pull, "Pull then Overwrites: Pull did nothing"),
+        (Alone, MoreRows, "MoreRows then Alone: Alone did nothing"),
+        (ShyProof, MoreRows, "its proof gradient_share is nan"),
+        (NotOff, MoreRows, "MoreRows then NotOff: off is not off"),
+    ],
+)
+def test_6_does_not_work_beside(cls: type[Method], partner: type[Method], words: str) -> None:
+    caught(clauses.works_beside, cls, words, partner)
+
+
+class OneWay(Chain):
+    """Looks for clashes with the methods before only."""
+
+    def _check_clashes(self) -> None:
+        for index, one in enumerate(self.methods):
+            for other in self.methods[:index]:
+                if one.excludes & other.traits:
+                    raise MethodError(f"{one.name()!r} and {other.name()!r}. Remove one of them.")
+
+
+class Mumbles(Chain):
+    """Refuses without saying what to do."""
+
+    def _check_clashes(self) -> None:
+        names = " and ".join(repr(m.name()) for m in self.methods)
+        raise MethodError(f"The methods {names} clash.")
+
+
+class Nameless(Chain):
+    """Refuses without saying whom."""
+
+    def _check_clashes(self) -> None:
+        raise MethodError("Methods clash. Remove one of them.")
+
+
+@pytest.mark.parametrize(
+    ("chain", "words"),
+    [(OneWay, "one order only"), (Mumbles, "what to do"), (Nameless, "is not named")],
+)
+def test_6_a_clash_is_refused_badly(
+    chain: type[Chain], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clauses, "Chain", chain)
+    with pytest.raises(AssertionError, match=words):
+        clauses.clashes_both_ways(EWC, TaskLoRA)
+
+
+# -- 7 --------------------------------------------------------------------------------------------
+
+
+class Thaws(Partner):
+    """Trains the base model under LoRA."""
+
+    def begin_task(self, ctx: Context) -> None:
+        ctx.model.requires_grad_(True)
+
+
+class SilentNeed(TaskLoRA):
+    """Needs an adapter and does not say so."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+
+def test_7_trains_what_it_must_not() -> None:
+    with pytest.raises(AssertionError, match="weights that are not trained moved"):
+        clauses.trains_adapters_and_all_weights(Subject(Thaws))
+
+
+def test_7_breaks_on_full_weights() -> None:
+    with pytest.raises(AttributeError):
+        clauses.trains_adapters_and_all_weights(Subject(SilentNeed))
+
+
+def test_7_full_weights_are_refused_unclearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> None:
+        if not hasattr(self.model, "peft_config"):
+            raise MethodError("task_lora: an adapter is needed.")
+
+    monkeypatch.setattr(Seams, "_require_adapter", refuse)
+    with pytest.raises(AssertionError, match="does not say what to do"):
+        clauses.trains_adapters_and_all_weights(Subject(TaskLoRA))
+
+
+# -- 8 --------------------------------------------------------------------------------------------
+
+
+class Freezes(Partner):
+    """Stops training the first weight."""
+
+    def after_step(self, ctx: Context) -> None:
+        next(ctx.model.parameters()).requires_grad_(False)
+
+
+class StaysInEval(Partner):
+    """Measures in eval mode and stays there."""
+
+    def end_task(self, ctx: Context) -> None:
+        ctx.model.eval()
+
+
+class DrawsTorch(Partner):
+    """Uses torch's global generator."""
+
+    def gradients(self, ctx: Context) -> None:
+        torch.rand(1)
+
+
+class DrawsNumpy(Partner):
+    """Uses numpy's global generator."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        np.random.rand()
+        return dataset
+
+
+class DrawsPython(Partner):
+    """Uses Python's global generator."""
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> None:
+        random.random()
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Freezes, "after_step changed requires_grad"),
+        (StaysInEval, "end_task changed train mode"),
+        (DrawsTorch, "gradients changed torch's global random numbers"),
+        (DrawsNumpy, "data changed numpy's global random numbers"),
+        (DrawsPython, "loss changed Python's global random numbers"),
+    ],
+)
+def test_8_does_not_leave_all_as_found(cls: type[Method], words: str) -> None:
+    caught(clauses.leaves_all_as_found, cls, words)
+
+
+# -- 9 --------------------------------------------------------------------------------------------
+
+
+class Modest(EWC):
+    """Declares half of what it keeps."""
+
+    def declared_bytes(self, ctx: Context) -> int:
+        return super().declared_bytes(ctx) // 2
+
+
+class Careless(WiSE):
+    """Declares a copy that it keeps only in the middle of a task."""
+
+    def declared_bytes(self, ctx: Context) -> int:
+        return sum(p.nbytes for p in ctx.trainable().values())
+
+
+class Hides(EWC):
+    """Keeps a copy of the model that is not in its state."""
+
+    _copy: list[Tensor] = PrivateAttr(default_factory=list)
+
+    def begin_task(self, ctx: Context) -> None:
+        self._copy = [p.detach().clone() for p in ctx.model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Modest, "after task 0: declares .* keeps"),
+        (Careless, "after task 0: declares .* keeps 0"),
+        (Hides, "in the middle of task 0: declares 0 bytes, holds"),
+    ],
+)
+def test_9_declares_other_memory(cls: type[Method], words: str) -> None:
+    caught(clauses.declares_its_memory, cls, words)
+
+
+# -- 10 -------------------------------------------------------------------------------------------
+
+
+def in_module(monkeypatch: pytest.MonkeyPatch, card: str, *bases: type[Method]) -> type[Method]:
+    """A method whose module has this card."""
+    module = ModuleType("carded", card)
+    monkeypatch.setitem(sys.modules, "carded", module)
+    return type(Method)("Carded", bases or (Method,), {"__module__": "carded"})
+
+
+def card_of(name: str) -> str:
+    """The card of one of keeptune's own methods."""
+    return str(sys.modules[registry.get(name).__module__].__doc__)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("Equation:", "Formula:", r"the card lacks \['Equation'\]"),
+        ("Changes: gradients, end_task", "Changes:", r"the card lacks \['Changes'\]"),
+        ("Changes: gradients, end_task", "Changes: loss, end_task", r"claims \['loss'\]"),
+        ("Changes: gradients, end_task", "Changes: nothing", "the card claims nothing"),
+        ("earlier tasks.", "earlier tasks", "has no title"),
+    ],
+)
+def test_10_the_card_is_not_complete(
+    old: str, new: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = card_of("ewc")
+    assert old in card
+    clauses.card_is_complete(in_module(monkeypatch, card, EWC))
+    with pytest.raises(AssertionError, match=words):
+        clauses.card_is_complete(in_module(monkeypatch, card.replace(old, new, 1), EWC))
+
+
+class Undescribed(Method):
+    strength: float = Field(1.0, ge=0)
+
+
+class Unbounded(Method):
+    strength: float = Field(1.0, description="weight")
+
+
+class Endless(Method):
+    model_config = ConfigDict(allow_inf_nan=True)
+    strength: float = Field(1.0, ge=0, description="weight")
+
+
+class Curt(Method):
+    """Its error does not say what was got."""
+
+    strength: float = Field(1.0, ge=0, description="weight")
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except MethodError:
+            raise MethodError("Curt.strength: must be at least 0. Leave it out.") from None
+
+
+class Lenient(Method):
+    """Names a bound and does not keep it."""
+
+    strength: float = Field(1.0, ge=0, description="weight")
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{k: max(v, 0.0) for k, v in settings.items()})
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Undescribed, "strength has no description"),
+        (Unbounded, "strength has no bound"),
+        (Endless, "strength=inf is not refused"),
+        (Curt, "'got -1' is not in the error"),
+        (Lenient, "strength=-1 is not refused"),
+    ],
+)
+def test_10_a_setting_is_not_bounded(cls: type[Method], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        clauses.settings_are_bounded(cls)
+
+
+# -- 11 -------------------------------------------------------------------------------------------
+
+
+class Shows(Partner):
+    """Shows what `shown` says as its proof."""
+
+    proof: ClassVar[str] = "effect"
+    shown: ClassVar[dict[str, Any]] = {}
+
+    def evidence(self) -> dict[str, Any]:
+        return self.shown
+
+
+class Unproven(Shows):
+    proof: ClassVar[str] = ""
+
+
+class Silent(Shows):
+    shown: ClassVar[dict[str, Any]] = {"other": 1.0}
+
+
+class Zero(Shows):
+    shown: ClassVar[dict[str, Any]] = {"effect": 0}
+
+
+class Undefined(Shows):
+    shown: ClassVar[dict[str, Any]] = {"effect": math.nan}
+
+
+class KeyedByNumber(Shows):
+    shown: ClassVar[dict[str, Any]] = {"effect": 1, "rows": {0: 5}}
+
+
+class Excused(Silent):
+    """Excuses itself from showing anything until after the stream."""
+
+    active_from: ClassVar[int] = 99
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Unproven, "it names no proof"),
+        (Silent, "its proof effect is nan on task 1"),
+        (Zero, "its proof effect is 0 on task 1"),
+        (Undefined, "JSON|is nan"),
+        (KeyedByNumber, "evidence that JSON cannot hold"),
+        (Excused, "from task 99"),
+    ],
+)
+def test_11_gives_no_evidence(cls: type[Method], words: str, tmp_path: Path) -> None:
+    caught(clauses.gives_evidence, cls, words, tmp_path)
+
+
+# -- 12 -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what must be there for EWC."""
+    for name in ("tests/methods/test_ewc.py", "recipes/ewc.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clauses.ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_12_the_tree_is_right_before_a_fault(tree: Path) -> None:
+    clauses.is_published(EWC, tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("tests/methods/test_ewc.py", None, "there is no .*test_ewc.py"),
+        ("tests/methods/test_ewc.py", "def helper(): ...", "has no test"),
+        ("recipes/ewc.yaml", None, "there is no .*ewc.yaml"),
+        (
+            "recipes/ewc.yaml",
+            "{model: demo, tasks: [{name: a, train: a.jsonl, eval: b.jsonl}], methods: [replay]}",
+            r"runs \['replay'\]",
+        ),
+    ],
+)
+def test_12_a_file_is_missing_or_empty(
+    tree: Path, name: str, text: str | None, words: str
+) -> None:
+    (tree / name).unlink() if text is None else (tree / name).write_text(text)
+    with pytest.raises(AssertionError, match=words):
+        clauses.is_published(EWC, tree)
+
+
+def test_12_not_registered(tree: Path) -> None:
+    with pytest.raises(AssertionError, match="is not registered"):
+        clauses.is_published(Shows, tree)
+
+
+def test_12_another_class_is_registered(tree: Path) -> None:
+    other = type(EWC)("EWC", (EWC,), {"__module__": EWC.__module__})
+    with pytest.raises(AssertionError, match="another class"):
+        clauses.is_published(other, tree)
+
+
+def test_12_not_exported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clauses, "keeptune", ModuleType("keeptune"))
+    with pytest.raises(AssertionError, match="does not export EWC"):
+        clauses.is_published(EWC, tree)
