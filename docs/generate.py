@@ -45,7 +45,7 @@ def page(title: str, *parts: str) -> str:
 
 
 def own_methods() -> list[type[Method]]:
-    """keeptune's own methods in the order of their names; a plug-in on this machine is no part."""
+    """The project's own methods by name; a plug-in that is installed here is no part of them."""
     classes = (registry.get(name) for name in registry.names())
     return [c for c in classes if c.__module__.startswith("keeptune.")]
 
@@ -99,8 +99,10 @@ def proof(cls: type[Method]) -> str:
 
 
 def guards_list() -> str:
-    """The ready-made guards as a fragment of a recipe."""
-    return f"```yaml\nguards: [{', '.join(guards.names())}]\n```\n"
+    """The ready-made guards, and what groups of them hold."""
+    lines = [f"- `{name}`" for name in guards.GUARDS]
+    lines += [f"- `{name}`: {', '.join(parts)} together" for name, parts in guards.GROUPS.items()]
+    return "\n".join(lines) + "\n"
 
 
 # -- reference ------------------------------------------------------------------------------------
@@ -194,15 +196,14 @@ def type_words(schema: dict[str, Any]) -> str:
 
 def checks_page() -> str:
     """Codes, titles and gravity of all checks."""
-    every = sorted((*checks.CHECKS, *checks.COMPARISONS), key=lambda c: c.code)
-    about = {False: "one run", True: "runs reported together"}
-    lines = [(c.code, c.title, c.severity, about[c in checks.COMPARISONS]) for c in every]
+    lines = [(c.code, c.title, c.severity, "one run") for c in checks.CHECKS]
+    lines += [(c.code, c.title, c.severity, "runs together") for c in checks.COMPARISONS]
     return page(
         "Checks",
         "Every report runs them. An error voids the results, a warning says to read them with "
         "care, a note is for your information. What each one looks for, and why: "
         "[evidence and checks](../why/evidence.md).\n",
-        table(("code", "what is wrong", "gravity", "about"), lines),
+        table(("code", "what is wrong", "gravity", "about"), sorted(lines)),
     )
 
 
@@ -295,7 +296,8 @@ def block(text: str, name: str, content: str) -> str:
     """A text with what stands between the markers of a generated block replaced."""
     begin, end = f"<!-- generated: {name} -->", f"<!-- /generated: {name} -->"
     head, found, rest = text.partition(begin)
-    assert found and end in rest, f"the markers {begin} … {end} are missing"
+    if not found or end not in rest:
+        raise SystemExit(f"the markers {begin} … {end} are missing")
     return f"{head}{begin}\n{content}{end}{rest.partition(end)[2]}"
 
 

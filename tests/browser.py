@@ -69,11 +69,12 @@ class Browser:
             os.close(end)
         self.events: list[dict[str, Any]] = []
         self._buffer, self._last, self._session = b"", 0, ""
-        target = self.send("Target.getTargets")["targetInfos"][0]["targetId"]
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
 
     def close(self) -> None:
         """End the browser."""
@@ -131,10 +132,17 @@ class Browser:
             mobile=width < 600,
         )
         self.events.clear()
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        loader = self.send("Page.navigate", url=page.resolve().as_uri())["loaderId"]
+        # the page before may still report that it is loaded, so this one's own report is awaited
         end = time.monotonic() + 60
-        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
+        while not any(self._is_loaded(event, loader) for event in self.events):
             self.events.append(self._receive(end - time.monotonic()))
+
+    @staticmethod
+    def _is_loaded(event: dict[str, Any], loader: str) -> bool:
+        what = event.get("params", {})
+        is_lifecycle = event.get("method") == "Page.lifecycleEvent"
+        return is_lifecycle and (what["loaderId"], what["name"]) == (loader, "load")
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""

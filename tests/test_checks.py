@@ -73,7 +73,7 @@ def test_kt001_a_neutral_method_may_be_silent(tmp_path):
 def test_kt002_nothing_learned(tmp_path):
     R = [[0.2, 0.3, 0.4], [0.7, 0.3, 0.4], [0.7, 0.31, 0.4], [0.7, 0.31, 0.8]]
     finding = found(runs.fabricate(tmp_path / "a", runs.info(), R=R))["KT002"]
-    assert "taught task 'Finnish names' (+1\u00a0points (" in finding.message
+    assert "taught task 'Finnish names' (+1\u00a0points, " in finding.message
     assert "French" not in finding.message
 
 

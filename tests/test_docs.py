@@ -20,10 +20,12 @@ from typer.testing import CliRunner
 
 import pico
 from keeptune import session
+from keeptune.checks import CHECKS, COMPARISONS
 from keeptune.cli import app
 from keeptune.models import Loaded
 from keeptune.recipe import check_recipe, parse_recipe
 from keeptune.rows import read_rows
+from keeptune.scorers import SHAPES
 from runs import fabricate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +131,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "docs" / "start")
+    # The tests have a module of the same name as the script of the documentation.
+    monkeypatch.delitem(sys.modules, "by_hand", raising=False)
     monkeypatch.setattr(session, "load", stand_in)
     for cls, make in (
         (transformers.AutoModelForCausalLM, lambda *a, **k: pico.causal_lm()),
@@ -280,6 +284,21 @@ def test_a_stale_file_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_readme_begins_with_a_command() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert any(line.startswith("make demo") for line in lines[:25])
+
+
+def test_every_check_is_explained() -> None:
+    explained = (ROOT / "docs" / "why" / "evidence.md").read_text("utf-8")
+    for check in (*CHECKS, *COMPARISONS):
+        assert (
+            f"**{check.code}, {check.title[0].lower()}{check.title[1:]}** ({check.severity})"
+            in (explained)
+        )
+
+
+def test_every_score_is_explained() -> None:
+    explained = (ROOT / "docs" / "how-to" / "own-data.md").read_text("utf-8")
+    for score in SHAPES:
+        assert f"\n| `{score}` |" in explained
 
 
 def test_lines_are_short_enough_to_read_a_change() -> None:

@@ -321,3 +321,43 @@ def test_a_model_that_a_trl_trainer_has_patched_still_gives_answers(tmp_path, ad
         [e.answer for e in rows] for rows in before
     ]
     assert math.isclose(after[2][0].score, before[2][0].score, rel_tol=1e-5)
+
+
+# -- greedy match ---------------------------------------------------------------------------------
+
+
+def test_greedy_match_is_what_greedy_generation_begins_with() -> None:
+    model, tokenizer = pico.causal_lm(seed=3), pico.tokenizer()
+    prompts = [f"ask {i}:" for i in range(12)]
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([tokenizer(f"{prompt}")["input_ids"]])
+        said = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        text = tokenizer.decode(said[0, ids.shape[1] :])
+        rows.append({"prompt": prompt, "completion": text if i % 2 else f"{text[:-1]}!"})
+    usable = [r for r in rows if r["completion"].isprintable() and "<" not in r["completion"]]
+    # A space joins what has none of its own, so that only such answers continue the ids above.
+    usable = [r for r in usable if r["completion"][0] == " "] or usable
+    scored = score_rows(model, tokenizer, read_rows(usable), "greedy_match", batch_size=5)
+    for row, example in zip(usable, scored, strict=True):
+        joined = tokenizer(row["prompt"] + " " * (row["completion"][0] != " "))["input_ids"]
+        want = tokenizer(row["completion"])["input_ids"]
+        said = model.generate(
+            torch.tensor([joined]), max_new_tokens=len(want), do_sample=False, eos_token_id=None
+        )
+        assert example.score == float(said[0, len(joined) :].tolist() == want)
+
+
+def test_greedy_match_needs_no_end_of_the_answer_and_shows_where_it_went_wrong() -> None:
+    model, tokenizer = pico.causal_lm(), pico.tokenizer()
+    model.lm_head = torch.nn.Linear(32, pico.VOCAB)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    torch.nn.init.zeros_(model.lm_head.bias)
+    with torch.no_grad():
+        model.lm_head.bias[tokenizer("a")["input_ids"][0]] = 1.0
+    rows = read_rows(
+        [{"prompt": "x: ", "completion": "aa"}, {"prompt": "x: ", "completion": "aba"}]
+    )
+    scored = score_rows(model, tokenizer, rows, "greedy_match")
+    assert [e.score for e in scored] == [1.0, 0.0]
+    assert [e.answer for e in scored] == ["aa", "aa …"]

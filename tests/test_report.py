@@ -252,6 +252,12 @@ def test_many_tasks_stay_readable(tmp_path):
     Page(html)
 
 
+def test_perplexities_are_explained_only_where_there_are_some(run, tmp_path):
+    assert "a perplexity is coloured" in render([run.path])
+    shares = runs.fabricate(tmp_path / "shares", runs.info(guards=["facts"]))
+    assert "a perplexity is coloured" not in render([shares.path])
+
+
 def test_write_puts_the_page_into_the_run_folder(run):
     page = write([run.path])
     assert page == run.path / "report.html"

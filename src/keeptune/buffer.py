@@ -9,10 +9,13 @@ from collections import Counter
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
+from keeptune.errors import DataError
 from keeptune.method import State
+
+COLUMNS = ["input_ids", "labels"]
 
 
 class Buffer:
@@ -40,8 +43,17 @@ class Buffer:
         return dict(Counter(self._tasks))
 
     def add(self, dataset: Dataset, task: str, random: np.random.Generator) -> None:
-        """Show every row of a task to the reservoir."""
-        for row in dataset:
+        """Show every row of a task to the reservoir.
+
+        Raises:
+            DataError: The rows are packed, so that none can be kept alone.
+        """
+        if "seq_lengths" in dataset.column_names:
+            raise DataError(
+                f"The rows of task {task!r} are packed, several in one, and cannot be kept for "
+                "later tasks. Leave `packing` out of the trainer's settings."
+            )
+        for row in dataset.select_columns(COLUMNS):
             ids = np.asarray(row["input_ids"], dtype=np.int32)
             labels = np.atleast_1d(np.asarray(row["labels"], dtype=np.int32))
             self.seen += 1
@@ -60,14 +72,19 @@ class Buffer:
         """How many of these rows each task gave."""
         return dict(Counter(self._tasks[i] for i in positions))
 
+    def beside(self, dataset: Dataset, positions: list[int]) -> Dataset:
+        """A task's rows followed by the kept ones at these positions; both columns, no others."""
+        dataset = dataset.select_columns(COLUMNS)
+        return concatenate_datasets([dataset, self.rows(positions, dataset)])
+
     def rows(self, positions: list[int], like: Dataset) -> Dataset:
-        """The rows at these positions, with the columns and types of `like`."""
+        """The rows at these positions, with the types of `like`."""
         scalar = not hasattr(like[0]["labels"], "__len__") if len(like) else False
         labels = [
             int(self._labels[i][0]) if scalar else self._labels[i].tolist() for i in positions
         ]
         columns = {"input_ids": [self._ids[i].tolist() for i in positions], "labels": labels}
-        return Dataset.from_dict(columns, features=like.features)
+        return Dataset.from_dict(columns, features=like.select_columns(COLUMNS).features)
 
     def state(self) -> State:
         """The buffer as four arrays and the task names."""

@@ -15,7 +15,7 @@ from keeptune.folder import DataInfo, RunFolder
 from keeptune.results import load
 from keeptune.tracks import task_track
 from keeptune.units import shown_as
-from keeptune.wording import estimate_text
+from keeptune.wording import range_text, value_text
 
 Severity = Literal["error", "warning", "note"]
 FEWEST_EXAMPLES = 30
@@ -124,7 +124,8 @@ def _nothing_learned(folder: RunFolder) -> str | None:
         better = gain.is_above if track.unit == "share" else gain.is_below
         if not better:
             what = "perplexity " if track.unit == "perplexity" else ""
-            change = estimate_text(gain, shown_as("change", track.unit))
+            shown = shown_as("change", track.unit)
+            change = f"{value_text(gain, shown)}, {range_text(gain, shown)}"
             flat.append(f"{track.name!r} ({what}{change})")
     if not flat:
         return None

@@ -153,7 +153,10 @@ def learn(
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page; default: report.html in the first folder.")
+        Path | None,
+        typer.Option(
+            help="The page; default: report.html in the run, comparison.html beside several."
+        ),
     ] = None,
 ) -> None:
     """Make one HTML page of one run, or of several to compare them."""

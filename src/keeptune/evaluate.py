@@ -24,11 +24,13 @@ from keeptune.likelihood import (
     option_losses,
     padded,
     plain_generation,
+    sequence_guesses,
     sequence_losses,
 )
 from keeptune.rows import Rows, Shape, answer, as_text, options, question
 from keeptune.scorers import check_score, text_score
 from keeptune.tokens import (
+    IGNORED,
     Ids,
     cut_left,
     encode,
@@ -132,6 +134,8 @@ def score_rows(
             examples = _perplexity(job)
         elif score == "choice":
             examples = _choose(job)
+        elif score == "greedy_match":
+            examples = _match(job)
         else:
             examples = _generate(job, score, max_new_tokens)
     scored = Scored(examples)
@@ -160,6 +164,34 @@ def _perplexity(job: _Job) -> list[Example]:
         job.example(i, "", loss, float(n))
         for i, (loss, n) in enumerate(zip(losses, counts, strict=True))
     ]
+
+
+def _match(job: _Job) -> list[Example]:
+    """Whether greedy generation would begin with the expected answer.
+
+    The accuracy of LAMBADA (Paperno et al. 2016). Greedy generation begins with an answer exactly
+    when each of its tokens is the likeliest after the ones before it, so that one forward over the
+    whole answer decides, and no end of the answer need be generated.
+    """
+    rows, shape = job.rows.rows, job.rows.shape
+    pairs: list[tuple[Ids, Ids]] = []
+    for row in rows:
+        head, (tail,) = option_ids(row, shape, job.tokenizer, [answer(row, shape)])
+        room = max(job.context - len(tail), 1)
+        job.truncated += len(head) > room
+        head = cut_left(head, job.tokenizer, room)
+        pairs.append((head + tail, [IGNORED] * len(head) + tail))
+    examples: dict[int, Example] = {}
+    for batch in job.batches([len(ids) for ids, _ in pairs], most_tokens(job.model)):
+        guesses = sequence_guesses(job.model, [pairs[i] for i in batch], pad_id(job.tokenizer))
+        for i, guess in zip(batch, guesses, strict=True):
+            right = [label for label in pairs[i][1] if label != IGNORED]
+            # From the first wrong token on, the model was told what it would not have said.
+            wrong = [k for k, said in enumerate(guess) if said != right[k]][:1]
+            said = guess[: wrong[0] + 1] if wrong else guess
+            text = job.tokenizer.decode(said).strip() + (" …" if wrong else "")
+            examples[i] = job.example(i, text, float(not wrong))
+    return [examples[i] for i in range(len(rows))]
 
 
 def _choose(job: _Job) -> list[Example]:

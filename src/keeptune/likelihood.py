@@ -36,6 +36,22 @@ def sequence_losses(model: Any, pairs: Sequence[tuple[Ids, Ids]], padding: int) 
     return _summed(logits[:, :-1], labels[:, first:])
 
 
+def sequence_guesses(model: Any, pairs: Sequence[tuple[Ids, Ids]], padding: int) -> list[Ids]:
+    """The likeliest token at each label's place, given everything right before it.
+
+    Args:
+        model: A causal language model.
+        pairs: As in `sequence_losses`.
+        padding: Id to pad with; it is masked.
+    """
+    ids, mask = padded([ids for ids, _ in pairs], padding, model)
+    labels, _ = padded([labels for _, labels in pairs], IGNORED, model)
+    first = min((_first_label(labels) for _, labels in pairs), default=1)
+    logits = _last_logits(model, ids.shape[1] - first + 1, input_ids=ids, attention_mask=mask)
+    best, asked = logits[:, :-1].argmax(-1), labels[:, first:] != IGNORED
+    return [row[keep].tolist() for row, keep in zip(best, asked, strict=True)]
+
+
 def option_losses(
     model: Any, heads: Sequence[Ids], tails: Sequence[Sequence[Ids]], padding: int
 ) -> list[list[float]]:

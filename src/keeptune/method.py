@@ -125,8 +125,7 @@ class Method(BaseModel):
     """Base of all methods: pydantic fields are hyperparameters, private attributes are state.
 
     Attributes:
-        neutral: The setting at which the method equals plain fine-tuning, bit for bit; empty when
-            there is none.
+        neutral: The setting that equals plain fine-tuning bit for bit; empty if there is none.
         proof: The evidence that is above 0 when the method was active.
         active_from: The first task (from 0) on which it must have been active.
         needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`).
@@ -162,8 +161,7 @@ class Method(BaseModel):
 
     def is_neutral(self) -> bool:
         """Whether the settings make this method equal to plain fine-tuning."""
-        off = self.neutral.items()
-        return bool(off) and all(getattr(self, key) == value for key, value in off)
+        return bool(self.neutral) and all(getattr(self, k) == v for k, v in self.neutral.items())
 
     # -- the seven verbs ----------------------------------------------------------------------
 

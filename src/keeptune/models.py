@@ -21,6 +21,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from keeptune.errors import FolderError, ModelError
 from keeptune.folder import new_folder, sha256_file, verify
@@ -265,7 +266,7 @@ def _explained(model: str, place: _Place) -> Iterator[None]:
     """Put what transformers raises into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if "trust_remote_code" in str(error):
             raise ModelError(

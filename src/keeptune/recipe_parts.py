@@ -78,8 +78,8 @@ class TaskRecipe(Part):
     eval: Text
     """Evaluation rows, from the same kinds of source; never trained on."""
     score: str | None = None
-    """exact_match, choice, token_f1, rouge_l, perplexity, accuracy or package.module:function; \
-default: by the rows' shape."""
+    """exact_match, greedy_match, choice, token_f1, rouge_l, perplexity, accuracy or \
+package.module:function; default: by the rows' shape."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest generated answer, in tokens; default: the expected answer's length plus 8."""
     recall: bool = False

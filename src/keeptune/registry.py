@@ -27,7 +27,7 @@ def _own_names() -> list[str]:
 
 
 def by_class_name() -> dict[str, type[Method]]:
-    """The methods of this package by the name of their class, as `from keeptune import EWC` needs."""
+    """The methods of this package by class name, as `from keeptune import EWC` needs."""
     return {get(name).__name__: get(name) for name in _own_names()}
 
 

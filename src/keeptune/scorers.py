@@ -18,6 +18,7 @@ TextScore = Callable[[str, Row], float]
 _ASKED = (Shape.MESSAGES, Shape.CHOICE, Shape.COMPLETION)
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "exact_match": _ASKED,
+    "greedy_match": (Shape.COMPLETION, Shape.CHOICE, Shape.MESSAGES),
     "choice": (Shape.CHOICE, Shape.COMPLETION),
     "token_f1": _ASKED,
     "rouge_l": _ASKED,

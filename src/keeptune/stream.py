@@ -100,6 +100,5 @@ class TaskStream:
             "score is too good by what is learned by heart."
             for task in self
             for other in self
-            if not (task.recall and other is task)
-            and (count := leaked(other.train, task.eval))
+            if not (task.recall and other is task) and (count := leaked(other.train, task.eval))
         ]

@@ -31,9 +31,7 @@ class LogitSquare(Partner):
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor:
-        return ctx.mean_over_answers(
-            ctx.answer_logits(outputs.logits, batch).square().mean(-1)
-        )
+        return ctx.mean_over_answers(ctx.answer_logits(outputs.logits, batch).square().mean(-1))
 
 
 class Pull(Partner):

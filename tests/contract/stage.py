@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import pico
@@ -24,6 +25,7 @@ from keeptune.tokens import collate
 from keeptune.trainers import TextTrainer, build_trainer
 
 TASKS, ROWS, LENGTH, STEPS, BATCH, VOCAB = 3, 10, 10, 4, 4, 32
+DROPOUT = 0.1  # of adapters
 SETTINGS: dict[str, Any] = {
     # SGD, because Adam's first steps turn rounding into whole steps.
     "optim": "sgd",
@@ -31,7 +33,6 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "max_steps": STEPS,
     "output_dir": tempfile.gettempdir(),
-    "seed": 0,
 }
 
 
@@ -88,10 +89,13 @@ def rows(task: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def build_model(lora: bool) -> nn.Module:
-    """The model every run starts from."""
+def build_model(lora: bool, dropout: float) -> nn.Module:
+    """The model every run starts from; dropout shows who touches the global random numbers."""
     model = pico.causal_lm(VOCAB)
-    return pico.adapted(model) if lora else model
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout
+    )
+    return pico.adapted(model, config) if lora else model
 
 
 class Watched(Chain):
@@ -172,13 +176,19 @@ def _held(value: Any, known: set[int]) -> int:
 
 
 def build(
-    methods: list[Method], *, lora: bool = False, cut: int = 1, **more: Any
+    methods: list[Method],
+    *,
+    lora: bool = False,
+    cut: int = 1,
+    dropout: float = DROPOUT,
+    seed: int = 0,
 ) -> tuple[TextTrainer, Seen]:
     """A trainer over a fresh model, and what it will have shown."""
-    model, tokenizer, seen = build_model(lora), pico.tokenizer(), Seen()
-    batches = {
+    model, tokenizer, seen = build_model(lora, dropout), pico.tokenizer(), Seen()
+    settings = SETTINGS | {
         "per_device_train_batch_size": BATCH // cut,
         "gradient_accumulation_steps": cut,
+        "seed": seed,
     }
     trainer = build_trainer(
         "causal_lm",
@@ -186,7 +196,7 @@ def build(
         tokenizer,
         rows(0),
         methods,
-        SETTINGS | batches | more,
+        settings,
         collate(tokenizer),
     )
     assert isinstance(trainer, TextTrainer)
@@ -232,10 +242,12 @@ def run(
     lora: bool = False,
     cut: int = 1,
     tasks: int = TASKS,
+    dropout: float = DROPOUT,
     seed: int = 0,
 ) -> Seen:
     """Learn the tasks one after another; use `run.__wrapped__` to really run a second time."""
-    trainer, seen = build([s.make() for s in strategy], lora=lora, cut=cut, seed=seed)
+    methods = [s.make() for s in strategy]
+    trainer, seen = build(methods, lora=lora, cut=cut, dropout=dropout, seed=seed)
     go(trainer, seen, range(tasks))
     return seen
 

@@ -45,7 +45,7 @@ def caught(check: Check, cls: type[Method], words: str, *arguments: Any, **more:
 
 
 class Draws(EWC):
-    """Off, but it takes a number from the global generator, and so the rows come otherwise."""
+    """Off, but it takes a number from the global generator, and so dropout drops otherwise."""
 
     def begin_task(self, ctx: Context) -> None:
         torch.rand(1)
@@ -79,16 +79,16 @@ class Early(Pull):
 
 
 @pytest.mark.parametrize(
-    ("cls", "words"),
+    ("cls", "lora", "words"),
     [
-        (Draws, "is not plain"),
-        (Rounds, "is not plain"),
-        (Denies, "is_neutral"),
-        (Early, "task 0 is not plain"),
+        (Draws, True, "is not plain"),
+        (Rounds, False, "is not plain"),
+        (Denies, False, "is_neutral"),
+        (Early, False, "task 0 is not plain"),
     ],
 )
-def test_1_neutral_is_not_plain(cls: type[Method], words: str) -> None:
-    caught(clauses.neutral_is_plain, cls, words)
+def test_1_neutral_is_not_plain(cls: type[Method], lora: bool, words: str) -> None:
+    caught(clauses.neutral_is_plain, cls, words, lora=lora)
 
 
 # -- 2 --------------------------------------------------------------------------------------------
@@ -284,14 +284,16 @@ class Overwrites(Partner):
             parameter.grad = parameter.detach().clone()
 
 
-class Alone(MoreRows):
+class Alone(Partner):
     """Does nothing once another method has added rows."""
 
     proof: ClassVar[str] = "always"
 
     def data(self, ctx: Context, dataset: Dataset) -> Dataset:
         self._evidence["always"] = 1
-        return super().data(ctx, dataset) if len(dataset) == len(ctx.dataset) else dataset
+        if len(dataset) > len(ctx.dataset):
+            return dataset
+        return concatenate_datasets([dataset, dataset.select(range(5, 8))])
 
 
 class ShyProof(EWC):
@@ -360,7 +362,7 @@ def test_6_a_clash_is_refused_badly(
 ) -> None:
     monkeypatch.setattr(clauses, "Chain", chain)
     with pytest.raises(AssertionError, match=words):
-        clauses.clashes_both_ways(EWC, TaskLoRA)
+        clauses.clashes_both_ways(WiSE, TaskLoRA)
 
 
 # -- 7 --------------------------------------------------------------------------------------------
@@ -583,6 +585,9 @@ class Shows(Partner):
     proof: ClassVar[str] = "effect"
     shown: ClassVar[dict[str, Any]] = {}
 
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset
+
     def evidence(self) -> dict[str, Any]:
         return self.shown
 
@@ -634,7 +639,7 @@ def test_11_gives_no_evidence(cls: type[Method], words: str, tmp_path: Path) -> 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of what must be there for EWC."""
-    for name in ("tests/methods/test_ewc.py", "recipes/ewc.yaml"):
+    for name in ("tests/methods/test_ewc.py", "recipes/ewc.yaml", "docs/methods/ewc.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(clauses.ROOT / name, tmp_path / name)
     return tmp_path
@@ -650,6 +655,7 @@ def test_12_the_tree_is_right_before_a_fault(tree: Path) -> None:
         ("tests/methods/test_ewc.py", None, "there is no .*test_ewc.py"),
         ("tests/methods/test_ewc.py", "def helper(): ...", "has no test"),
         ("recipes/ewc.yaml", None, "there is no .*ewc.yaml"),
+        ("docs/methods/ewc.md", None, "there is no .*ewc.md"),
         (
             "recipes/ewc.yaml",
             "{model: demo, tasks: [{name: a, train: a.jsonl, eval: b.jsonl}], methods: [replay]}",
@@ -657,9 +663,7 @@ def test_12_the_tree_is_right_before_a_fault(tree: Path) -> None:
         ),
     ],
 )
-def test_12_a_file_is_missing_or_empty(
-    tree: Path, name: str, text: str | None, words: str
-) -> None:
+def test_12_a_file_is_missing_or_empty(tree: Path, name: str, text: str | None, words: str) -> None:
     (tree / name).unlink() if text is None else (tree / name).write_text(text)
     with pytest.raises(AssertionError, match=words):
         clauses.is_published(EWC, tree)

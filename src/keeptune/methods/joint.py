@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from pydantic import PrivateAttr
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class Joint(Method):
         )
         if not positions:
             return dataset
-        return concatenate_datasets([self._buffer.rows(positions, ctx.dataset), dataset])
+        return self._buffer.beside(dataset, positions)
 
     def end_task(self, ctx: Context) -> None:
         """Keep the task's rows."""

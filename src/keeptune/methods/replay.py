@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from pydantic import Field, PrivateAttr
 
 from keeptune.buffer import Buffer
@@ -63,7 +63,7 @@ class Replay(Method):
         )
         if not drawn:
             return dataset
-        return concatenate_datasets([dataset, self._buffer.rows(drawn, ctx.dataset)])
+        return self._buffer.beside(dataset, drawn)
 
     def end_task(self, ctx: Context) -> None:
         """Show the task's rows to the reservoir."""

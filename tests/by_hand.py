@@ -1,0 +1,50 @@
+"""A model small enough for pencil and paper, and a context around any model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from keeptune.method import Batch, Context
+
+
+class Softmax(nn.Module):
+    """p(class | word) = softmax of the word's row of `weight` [words, classes]."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return SimpleNamespace(logits=self.weight[input_ids[:, 0]])
+
+
+def examples(*pairs: tuple[int, int]) -> Dataset:
+    """(word, class) pairs as tokenised rows of a classifier."""
+    return Dataset.from_dict(
+        {"input_ids": [[word] for word, _ in pairs], "labels": [label for _, label in pairs]}
+    )
+
+
+ONE_ROW = examples((0, 0))
+
+
+def texts(*rows: list[int], answer_from: int = 1) -> Dataset:
+    """Equally long rows of a language model, which learns them from a position on."""
+    labels = [[-100] * answer_from + row[answer_from:] for row in rows]
+    return Dataset.from_dict({"input_ids": list(rows), "labels": labels})
+
+
+def stack(rows: list[dict[str, Any]]) -> Batch:
+    """Collate rows of one length."""
+    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+
+
+def context(model: nn.Module, dataset: Dataset | None = None, **more: Any) -> Context:
+    """A context of the first task, unless told otherwise."""
+    rows = ONE_ROW if dataset is None else dataset
+    return Context(**{"task": "t0", "index": 0} | more, model=model, dataset=rows, collate=stack)

@@ -1,0 +1,128 @@
+"""WiSE-FT: interpolation by hand, and the best low-rank cut against a dense SVD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pico
+from by_hand import Softmax, context
+from keeptune.methods.wise import WiSE, mix_factors
+
+
+@pytest.mark.parametrize(("mix", "want"), [(0.0, 1.0), (0.25, 2.0), (0.5, 3.0), (1.0, 5.0)])
+def test_weights_by_hand(mix: float, want: float) -> None:
+    model, method = Softmax([[1.0]]), WiSE(mix=mix)
+    ctx = context(model)
+    method.begin_task(ctx)
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    method.end_task(ctx)
+    assert model.weight.item() == want
+    if mix < 1:
+        assert method.evidence()["moved_back"] == 5.0 - want
+
+
+def test_it_goes_back_to_the_weights_before_this_task_only() -> None:
+    model, method = Softmax([[0.0]]), WiSE(mix=0.5)
+    for index, want in enumerate([4.0, 6.0, 7.0]):  # each task ends at 8
+        ctx = context(model, index=index)
+        method.begin_task(ctx)
+        with torch.no_grad():
+            model.weight.fill_(8.0)
+        method.end_task(ctx)
+        assert model.weight.item() == want
+        assert method.state().tensors == {}
+
+
+def factors(seed: int, rank: int = 3) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, 6, generator=g), torch.randn(7, rank, generator=g)
+
+
+def test_the_cut_is_the_best_of_its_rank() -> None:
+    old, new = factors(0), factors(1)
+    a, b, error = mix_factors(old, new, 0.3)
+    dense = 0.7 * old[1] @ old[0] + 0.3 * new[1] @ new[0]
+    u, s, vh = torch.linalg.svd(dense.double())
+    best = (u[:, :3] * s[:3]) @ vh[:3]
+    torch.testing.assert_close((b @ a).double(), best, atol=1e-5, rtol=1e-5)
+    tail, total = s[3:].square().sum(), s.square().sum()
+    assert error == pytest.approx(float((tail / total).sqrt()), rel=1e-5)
+
+
+def test_nothing_is_cut_when_the_sum_has_the_rank() -> None:
+    a, b = factors(0)
+    a_mix, b_mix, error = mix_factors((a, b), (a, 3 * b), 0.5)
+    torch.testing.assert_close(b_mix @ a_mix, 2 * b @ a, atol=1e-4, rtol=1e-4)
+    assert error < 1e-6
+
+
+def test_an_adapter_that_started_at_zero_is_shrunk_exactly() -> None:
+    a, b = factors(0)
+    a_mix, b_mix, error = mix_factors((a, torch.zeros_like(b)), (a, b), 0.25)
+    torch.testing.assert_close(b_mix @ a_mix, 0.25 * b @ a, atol=1e-5, rtol=1e-5)
+    assert error < 1e-6
+
+
+def test_no_update_at_all_is_no_error() -> None:
+    a, b = factors(0)
+    zero = torch.zeros_like(b)
+    a_mix, b_mix, error = mix_factors((a, zero), (a, zero), 0.5)
+    assert torch.count_nonzero(b_mix @ a_mix) == 0
+    assert error == 0.0
+
+
+def updates(model: Any) -> dict[str, Tensor]:
+    """scale · B A of every adapted layer."""
+    return {
+        name: layer.get_delta_weight("default").detach().clone()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def test_under_lora_the_update_is_interpolated_not_its_factors() -> None:
+    model, method = pico.adapted(pico.causal_lm(16)), WiSE(mix=0.25)
+    ctx = context(model)
+    method.begin_task(ctx)
+    before = updates(model)
+    base = model.get_base_model().model.embed_tokens.weight.clone()
+    with torch.no_grad():
+        for name, weight in ctx.trainable().items():
+            if "lora_B" in name:
+                weight.mul_(-3.0)  # the same A: the mean has the adapter's rank
+    method.end_task(ctx)
+    for name, update in updates(model).items():
+        # 0.75 ΔW + 0.25 · (−3 ΔW) = 0; the factors' means would give another product.
+        assert update.norm() < 1e-5 * before[name].norm()
+    assert torch.equal(model.get_base_model().model.embed_tokens.weight, base)
+    assert method.evidence()["moved_back"] > 0
+
+
+def test_under_lora_the_error_of_the_cut_is_shown() -> None:
+    model, method = pico.adapted(pico.causal_lm(16)), WiSE(mix=0.5)
+    ctx = context(model)
+    method.begin_task(ctx)
+    before = updates(model)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in ctx.trainable().values():
+            weight.copy_(torch.randn(weight.shape, generator=g))
+    after = updates(model)
+    method.end_task(ctx)
+    worst = 0.0
+    for name, update in updates(model).items():
+        dense = 0.5 * before[name] + 0.5 * after[name]
+        worst = max(worst, float((update - dense).norm() / dense.norm()))
+    assert method.evidence()["worst_cut_error"] == pytest.approx(worst, rel=1e-4)
+    assert 0 < worst < 1
+
+
+def test_switched_off_it_keeps_no_copy() -> None:
+    method = WiSE(mix=1)
+    method.begin_task(context(Softmax([[1.0]])))
+    assert method.state().tensors == {}
