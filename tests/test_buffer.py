@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from by_hand import examples, texts
 from keeptune.buffer import Buffer
 from keeptune.errors import DataError
 from keeptune.method import State
+from pencil import examples, texts
 
 
 def numbered(first: int, count: int) -> Dataset:

@@ -15,7 +15,6 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 import pico
-from by_hand import Softmax, context, examples, stack, texts
 from keeptune.errors import MethodError
 from keeptune.method import CARD_KEYS, Batch, Chain, Context, Method, State, card
 from keeptune.methods.ewc import EWC
@@ -25,6 +24,7 @@ from keeptune.methods.plain import Plain
 from keeptune.methods.replay import Replay
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.methods.wise import WiSE
+from pencil import Softmax, context, examples, stack, texts
 
 # -- the chain ------------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import keeptune
-from by_hand import Softmax, context
 from keeptune import registry
 from keeptune.errors import MethodError
 from keeptune.method import Chain, Method
 from keeptune.methods.ewc import EWC
+from pencil import Softmax, context
 
 OWN = ["ewc", "joint", "lwf", "plain", "replay", "task_lora", "wise"]
 

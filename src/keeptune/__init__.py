@@ -14,11 +14,13 @@ from typing import Any
 _HOMES = {
     "Chain": "keeptune.method",
     "Context": "keeptune.method",
+    "Guard": "keeptune.guard",
     "Method": "keeptune.method",
     "Recipe": "keeptune.recipe",
     "RunFolder": "keeptune.folder",
     "Seams": "keeptune.seams",
     "State": "keeptune.method",
+    "Task": "keeptune.stream",
     "fit": "keeptune.notebook",
     "learn": "keeptune.runs",
     "load_recipe": "keeptune.recipe",

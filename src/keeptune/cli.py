@@ -62,7 +62,7 @@ def main() -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            app()
+            app(prog_name="keeptune")
         finally:
             sys.stdout.flush()
     except KeeptuneError as error:

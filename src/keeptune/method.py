@@ -102,6 +102,11 @@ class Context:
 
     def log_likelihood(self, batch: Batch) -> Tensor:
         """Log-probability of each row's answer, summed over its tokens: [B], in nats."""
+        if "labels" not in batch:
+            raise MethodError(
+                "This trainer's rows have no labels, so there is no likelihood of an answer. "
+                "Methods that need it work with SFTTrainer and with classifiers."
+            )
         labels = batch["labels"]
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         logits = self.model(**inputs).logits
@@ -156,8 +161,9 @@ class Method(BaseModel):
 
     @classmethod
     def name(cls) -> str:
-        """The published name: the name of the method's file."""
-        return cls.__module__.rpartition(".")[2]
+        """The published name: the file's, for keeptune's own; else the class name in lower case."""
+        package, _, file = cls.__module__.rpartition(".")
+        return file if package == "keeptune.methods" else cls.__name__.lower()
 
     def is_neutral(self) -> bool:
         """Whether the settings make this method equal to plain fine-tuning."""

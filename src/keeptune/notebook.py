@@ -17,7 +17,7 @@ from keeptune.models import Loaded
 from keeptune.progress import Silent
 from keeptune.recipe import Recipe, dump, parse_recipe
 from keeptune.rows import read_rows
-from keeptune.runs import describe, finish, quiet, refuse_full
+from keeptune.runs import OBJECT, describe, finish, quiet, refuse_full
 from keeptune.session import DEFAULT_LENGTH, Plan, class_names, open_session
 from keeptune.stream import Task, TaskStream
 
@@ -37,12 +37,12 @@ class Fitted:
 
 def fit(
     model: nn.Module,
-    tasks: Mapping[str, tuple[Any, Any]],
+    tasks: Mapping[str, tuple[Any, Any]] | Sequence[Task],
     *,
     tokenizer: Any,
     out: str | Path,
     methods: Sequence[Method] = (),
-    guards: Mapping[str, Any] | None = None,
+    guards: Mapping[str, Any] | Sequence[Guard] = (),
     adapter: Any = None,
     **settings: Any,
 ) -> Fitted:
@@ -53,11 +53,12 @@ def fit(
 
     Args:
         model: A transformers model, causal or for sequence classification.
-        tasks: Name to (training rows, evaluation rows): lists of dictionaries, data sets, paths.
+        tasks: Name to (training rows, evaluation rows): lists of dictionaries, data sets, paths;
+            or `Task` objects, which also choose a score.
         tokenizer: The model's.
         out: A new folder for the run.
         methods: The strategy; empty is plain fine-tuning.
-        guards: Name to evaluation rows that must not get worse.
+        guards: Name to evaluation rows that must not get worse, or `Guard` objects.
         adapter: A PEFT config; None trains all weights.
         **settings: `trainer`, `seed`, `max_length`, `eval_batch_size`, `checkpoint_minutes`,
             `progress`, each as in a recipe.
@@ -73,10 +74,11 @@ def fit(
     progress = settings.pop("progress", None) or Silent()
     out = Path(out)
     refuse_full(out)
-    stream = TaskStream(
-        [Task(name, read_rows(train), read_rows(test)) for name, (train, test) in tasks.items()]
-    )
-    kept = [Guard(name, read_rows(rows)) for name, rows in (guards or {}).items()]
+    if isinstance(tasks, Mapping):
+        tasks = [Task(name, read_rows(a), read_rows(b)) for name, (a, b) in tasks.items()]
+    if isinstance(guards, Mapping):
+        guards = [Guard(name, read_rows(rows)) for name, rows in guards.items()]
+    stream, kept = TaskStream(tasks), list(guards)
     plan = _plan(model, tokenizer, stream, kept, methods, adapter, settings)
     with quiet():
         session = open_session(plan)
@@ -97,7 +99,7 @@ def _plan(
     is_classifier = stream[0].train.shape.value == "label"
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or "in memory"
     plan = Plan(
-        loaded=Loaded(model=model, tokenizer=tokenizer, name=name, source="object", identity=""),
+        loaded=Loaded(model=model, tokenizer=tokenizer, name=name, source=OBJECT, identity=""),
         stream=stream,
         guards=guards,
         methods=list(methods),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from keeptune.progress import Progress, Silent
 from keeptune.recipe import Recipe, dump, load_recipe, parse_recipe, resolve
 from keeptune.session import Session, open_session, read_plan
 
+OBJECT = "object"  # the source of a model that was given as an object
 # What may differ when a run goes on: where and how fast, never what is learned.
 FREE = ("tasks", "out", "checkpoint_minutes", "eval_batch_size")
 
@@ -41,6 +43,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     Raises:
         KeeptuneError: Anything a user can mend; nothing is lost.
     """
+    _refuse_several()
     out = _out(recipe)
     existing = RunFolder(out) if resume and (out / "run.json").exists() else None
     if existing is None:
@@ -80,6 +83,11 @@ def learn(
         KeeptuneError: Anything a user can mend; nothing is lost.
     """
     folder = RunFolder(path)
+    if folder.info.model.get("source") == OBJECT:
+        raise FolderError(
+            f"{path} was made from objects in a notebook, so its model cannot be loaded again. "
+            "Call keeptune.fit with the new task instead."
+        )
     recipe = load_recipe(folder.path / "recipe.yaml")
     task = {"name": name, "train": data, "eval": eval or data, "score": score, "recall": not eval}
     names = [t.name for t in recipe.tasks]
@@ -128,7 +136,8 @@ def describe(session: Session, recipe: Recipe) -> RunInfo:
         guards=session.guard_infos(),
         methods=session.method_infos(),
         provenance=provenance(),
-        warnings=session.plan.stream.leaks(),
+        # A task's own leak is a figure of the task, and a check of the report.
+        warnings=session.plan.stream.leaks(within=False),
     )
 
 
@@ -136,6 +145,15 @@ def identity(recipe: Recipe) -> str:
     """Hash of everything in a recipe that must not change when its run goes on."""
     fixed = {k: v for k, v in resolve(recipe).items() if k not in FREE}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_several() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "keeptune run is one process, but was started as several (WORLD_SIZE is "
+            f"{os.environ['WORLD_SIZE']}). Start it without torchrun or accelerate launch, or mix "
+            "keeptune.Seams into a trainer of your own."
+        )
 
 
 def _out(recipe: Recipe) -> Path:
@@ -189,7 +207,7 @@ def finish(
     session: Session, folder: RunFolder, progress: Progress, loop: Loop | None = None
 ) -> RunFolder:
     """Run what is left to run, with Ctrl-C saving a state first."""
-    for warning in folder.info.warnings:
+    for warning in session.plan.stream.leaks():
         progress.warn(warning)
     loop = loop or Loop(session, folder, progress, threading.Event())
     try:

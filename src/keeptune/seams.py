@@ -51,6 +51,7 @@ class Seams(_Base):
         super().__init__(*args, **kwargs)
         self.strategy = Chain(methods)
         self.ctx: Context | None = None
+        self.train_dataset: Any
         self.tasks_learned = 0
         if self.is_deepspeed_enabled:
             raise MethodError(
@@ -103,10 +104,12 @@ class Seams(_Base):
             DataError: The rows are not tokenised.
             TrainingError: The loss is not a number.
         """
-        if "input_ids" not in dataset.column_names:
+        prepared: list[str] = self.train_dataset.column_names
+        if missing := set(prepared) - set(dataset.column_names):
             raise DataError(
-                f"The rows of task {task!r} have the columns {dataset.column_names}, not "
-                "`input_ids` and `labels`. Tokenise them with keeptune.tokens.tokenise first."
+                f"The rows of task {task!r} have no column {sorted(missing)[0]!r}. Give them as "
+                f"this trainer prepares its own, with {', '.join(prepared)}; for text, "
+                "keeptune.tokenise does that."
             )
         index = self.tasks_learned if index is None else index
         seed = (self.args.seed + 7919 * index) % 2**32
@@ -164,7 +167,7 @@ class Seams(_Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The trainer's loss plus the methods' terms."""
-        if self.ctx is None or not model.training or return_outputs:
+        if self.ctx is None or not model.training or return_outputs or not self._has_terms():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch: Batch = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
         outputs = None
@@ -180,6 +183,9 @@ class Seams(_Base):
         term = self.strategy.loss(self.ctx, batch, outputs)
         return loss if term is None else loss + term
 
+    def _has_terms(self) -> bool:
+        return any(type(m).loss is not Method.loss for m in self.strategy)
+
     def _no_cache(self) -> dict[str, bool]:
         return {"use_cache": False} if isinstance(self, SFTTrainer) else {}
 
@@ -192,6 +198,11 @@ class Seams(_Base):
         if scaled and num_items_in_batch is not None:
             averaged = self.args.average_tokens_across_devices
             return num_items_in_batch / (self.accelerator.num_processes if averaged else 1)
+        if "labels" not in batch:
+            raise MethodError(
+                f"The methods {self.strategy.name} add to the loss of each answer, but this "
+                "trainer's batches have no labels. Use SFTTrainer or a classifier."
+            )
         labels = batch["labels"]
         labels = labels if labels.dim() == 1 else labels[:, 1:]
         return (labels != IGNORED).sum().clamp(min=1)

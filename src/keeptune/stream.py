@@ -92,13 +92,18 @@ class TaskStream:
     def __repr__(self) -> str:
         return f"TaskStream({', '.join(task.name for task in self)})"
 
-    def leaks(self) -> list[str]:
-        """Warn of evaluation rows that some task of the stream is trained on, with their count."""
+    def leaks(self, *, within: bool = True) -> list[str]:
+        """Warn of evaluation rows that some task of the stream is trained on, with their count.
+
+        Args:
+            within: Tell of a task's own training rows too, not only of other tasks'.
+        """
         return [
             f"{count} of {len(task.eval)} evaluation rows of task {task.name!r} are also among the "
             f"training rows of {'the same task' if other is task else f'task {other.name!r}'}; its "
             "score is too good by what is learned by heart."
             for task in self
             for other in self
-            if not (task.recall and other is task) and (count := leaked(other.train, task.eval))
+            if (other is not task or (within and not task.recall))
+            and (count := leaked(other.train, task.eval))
         ]

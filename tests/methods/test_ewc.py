@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from by_hand import Softmax, context, examples
 from keeptune.method import State
 from keeptune.methods.ewc import EWC, consolidate, empirical_fisher, is_measured
+from pencil import Softmax, context, examples
 
 
 def tensor(*values: float) -> Tensor:
@@ -159,6 +159,21 @@ def test_a_task_end_keeps_weights_and_fisher() -> None:
     torch.testing.assert_close(kept["anchor/weight"], tensor(4.0, 4.0)[None])
     torch.testing.assert_close(kept["fisher/weight"], tensor(0.5, 0.5)[None])
     assert method.evidence() == {"fisher_rows": 2, "fisher_sum": pytest.approx(1.0)}
+
+
+def test_evidence_does_not_depend_on_the_order_after_a_reload() -> None:
+    # 1 + 1 + 2⁵³ rounds to another number than 2⁵³ + 1 + 1.
+    sizes = {"weight": 2.0**53, "second": 1.0, "third": 1.0}
+    sums = set()
+    for order in (list(sizes), list(sizes)[::-1]):
+        model, method = Softmax([[0.0]]), EWC()
+        model.second, model.third = (nn.Parameter(tensor(0.0)) for _ in range(2))
+        state = {f"fisher/{name}": torch.full((1, 1), sizes[name]).double() for name in order}
+        state |= {f"anchor/{name}": torch.zeros(1, 1).double() for name in order}
+        method.restore(context(model), State(state))
+        method.end_task(context(model))
+        sums.add(method.evidence()["fisher_sum"])
+    assert len(sums) == 1
 
 
 def test_switched_off_it_takes_no_fisher() -> None:

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 import pico
-from by_hand import Softmax, context, examples, texts
 from keeptune.errors import MethodError
 from keeptune.method import Chain, Method
 from keeptune.methods.ewc import EWC
@@ -18,6 +17,7 @@ from keeptune.methods.joint import Joint
 from keeptune.methods.replay import Replay
 from keeptune.tokens import collate
 from keeptune.trainers import build_trainer
+from pencil import Softmax, context, examples, texts
 
 
 def pairs(rows: Dataset) -> list[tuple[int, int]]:

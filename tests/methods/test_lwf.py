@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import pico
-from by_hand import Softmax, context, stack, texts
 from keeptune.method import Context
 from keeptune.methods.lwf import LwF, softened_kl
+from pencil import Softmax, context, stack, texts
 
 
 def test_softened_kl_by_hand() -> None:

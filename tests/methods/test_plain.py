@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from by_hand import Softmax, context, examples
 from keeptune.method import Chain
 from keeptune.methods.plain import Plain
+from pencil import Softmax, context, examples
 
 
 def test_it_does_nothing() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from datasets import Dataset
 
-from by_hand import Softmax, context, examples, texts
 from keeptune.methods.replay import Replay, rows_to_replay
+from pencil import Softmax, context, examples, texts
 
 
 def task(number: int, rows: int) -> Dataset:
@@ -84,6 +84,13 @@ def test_tokens_and_labels_of_a_text_come_back_as_they_were() -> None:
     rows = method.data(context(Softmax([[0.0]]), new, index=1), new)
     assert sorted(r["input_ids"] for r in rows.select([2, 3])) == [[7, 8, 9], [9, 8, 7]]
     assert {tuple(r["labels"]) for r in rows.select([2, 3])} == {(-100, 8, 9), (-100, 8, 7)}
+
+
+def test_the_ratio_is_to_the_tasks_own_rows_whatever_else_is_mixed_in() -> None:
+    method = Replay(ratio=0.5)
+    method.end_task(context(Softmax([[0.0]]), task(0, 40)))
+    ctx = context(Softmax([[0.0]]), task(1, 10), index=1)
+    assert len(method.data(ctx, task(1, 30))) == 30 + 5
 
 
 def test_columns_that_a_trainer_added_do_not_get_in_the_way() -> None:

@@ -10,12 +10,12 @@ from peft import IA3Config
 from torch import Tensor
 
 import pico
-from by_hand import context, texts
 from keeptune.errors import MethodError
 from keeptune.method import Context
 from keeptune.methods.task_lora import TaskLoRA, adapter_hash
 from keeptune.tokens import collate
 from keeptune.trainers import build_trainer
+from pencil import context, texts
 
 IDS = torch.tensor([[6, 7, 8, 9, 10]])
 
@@ -60,6 +60,18 @@ def test_a_new_adapter_starts_without_effect() -> None:
         base = answers(model)
     method.begin_task(context(model))
     assert torch.equal(answers(model), base)
+
+
+def test_a_new_adapter_depends_on_seed_and_task_alone() -> None:
+    hashes = []
+    for noise, seed in ((1, 0), (2, 0), (1, 1)):
+        model = pico.adapted(pico.causal_lm(16))
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        TaskLoRA().begin_task(context(model, seed=seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        hashes.append(adapter_hash(model, "task_000"))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_every_task_is_answered_as_right_after_it_was_learned() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import pico
-from by_hand import Softmax, context
 from keeptune.methods.wise import WiSE, mix_factors
+from pencil import Softmax, context
 
 
 @pytest.mark.parametrize(("mix", "want"), [(0.0, 1.0), (0.25, 2.0), (0.5, 3.0), (1.0, 5.0)])
