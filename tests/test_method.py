@@ -266,7 +266,7 @@ class Bounded(Method):
         ({"above": "much"}, "Bounded.above: input should be a valid number"),
         ({"above": math.inf}, "Bounded.above: input should be a finite number, got inf."),
         ({"above": math.nan}, "Bounded.above: input should be a finite number, got nan."),
-        ({"abov": 1}, "Bounded.abov is not a setting. Did you mean 'above'?"),
+        ({"musts": 1}, "Bounded.musts is not a setting. Did you mean 'must'?"),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_sentence(settings: dict[str, Any], sentence: str) -> None:

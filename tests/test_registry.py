@@ -51,8 +51,8 @@ def test_an_unknown_name_far_from_all_gets_the_list() -> None:
 
 
 def test_a_wrong_setting_is_refused() -> None:
-    with pytest.raises(MethodError, match=r"EWC\.strenght is not a setting.*'strength'"):
-        registry.build("ewc", {"strenght": 1})
+    with pytest.raises(MethodError, match=r"EWC\.strengths is not a setting.*'strength'"):
+        registry.build("ewc", {"strengths": 1})
 
 
 @pytest.fixture

@@ -30,12 +30,12 @@ ADAPTER = {
 TRAINER = {
     "learning_rate": 2e-3,
     "num_train_epochs": 4,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "lr_scheduler_type": "linear",
 }
 STRATEGIES: dict[str, list[dict[str, Any]]] = {
     "plain": [],
-    "protected": [{"replay": {"ratio": 0.3}}, {"lwf": {"strength": 1.0}}],
+    "protected": [{"replay": {"ratio": 0.3}}, {"lwf": {"strength": 0.5}}],
 }
 
 

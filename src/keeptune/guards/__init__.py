@@ -11,13 +11,13 @@ from keeptune.errors import suggest
 from keeptune.guards import facts
 from keeptune.rows import Row, Rows, read_rows
 
-GUARDS: Mapping[str, Callable[[], list[Row]]] = {
-    "capitals": facts.capitals,
-    "continents": facts.continents,
-    "currencies": facts.currencies,
+# Rows and their score. Ranking four options goes on working long after a model has stopped giving
+# the answer, so it is used only where an answer has several right wordings (peso, Mexican peso).
+GUARDS: Mapping[str, tuple[Callable[[], list[Row]], str]] = {
+    "capitals": (facts.capitals, "greedy_match"),
+    "continents": (facts.continents, "greedy_match"),
+    "currencies": (facts.currencies, "choice"),
 }
-# Ranking four options goes on working long after the model has stopped giving the answer.
-SCORE = "greedy_match"
 GROUPS: Mapping[str, tuple[str, ...]] = {"facts": ("capitals", "continents", "currencies")}
 
 
@@ -40,7 +40,9 @@ def load(name: str) -> list[tuple[str, Rows, str]]:
     """
     wanted = GROUPS.get(name, (name,))
     return [
-        (one, read_rows(GUARDS[one](), field=f"guard {one!r}"), "greedy_match") for one in wanted
+        (one, read_rows(make(), field=f"guard {one!r}"), score)
+        for one in wanted
+        for make, score in [GUARDS[one]]
     ]
 
 
