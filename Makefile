@@ -16,7 +16,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/codespell src docs tests README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src docs benchmarks README.md CHANGELOG.md CONTRIBUTING.md
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

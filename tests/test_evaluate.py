@@ -12,7 +12,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 import pico
-from keeptune import likelihood
+from keeptune import evaluate, likelihood
 from keeptune.errors import DataError, ModelError
 from keeptune.evaluate import score_rows
 from keeptune.rows import read_rows
@@ -348,16 +348,15 @@ def test_greedy_match_is_what_greedy_generation_begins_with() -> None:
         assert example.score == float(said[0, len(joined) :].tolist() == want)
 
 
-def test_greedy_match_needs_no_end_of_the_answer_and_shows_where_it_went_wrong() -> None:
-    model, tokenizer = pico.causal_lm(), pico.tokenizer()
-    model.lm_head = torch.nn.Linear(32, pico.VOCAB)
-    torch.nn.init.zeros_(model.lm_head.weight)
-    torch.nn.init.zeros_(model.lm_head.bias)
-    with torch.no_grad():
-        model.lm_head.bias[tokenizer("a")["input_ids"][0]] = 1.0
-    rows = read_rows(
-        [{"prompt": "x: ", "completion": "aa"}, {"prompt": "x: ", "completion": "aba"}]
+def test_greedy_match_needs_no_end_of_the_answer_and_shows_where_it_went_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = pico.tokenizer()
+    said = [" ab", " xb"]
+    monkeypatch.setattr(
+        evaluate, "sequence_guesses", lambda *_: [tokenizer(s)["input_ids"] for s in said]
     )
-    scored = score_rows(model, tokenizer, rows, "greedy_match")
+    rows = read_rows([{"prompt": "q:", "completion": " ab"}] * 2)
+    scored = score_rows(pico.causal_lm(), tokenizer, rows, "greedy_match")
     assert [e.score for e in scored] == [1.0, 0.0]
-    assert [e.answer for e in scored] == ["aa", "aa …"]
+    assert [e.answer for e in scored] == ["ab", "x …"]

@@ -14,6 +14,7 @@ import torch
 
 import pico
 from keeptune import loop, state
+from keeptune.checks import run_checks
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
 from keeptune.folder import RunFolder
 from keeptune.inspection import inspect
@@ -21,6 +22,7 @@ from keeptune.methods.ewc import EWC
 from keeptune.methods.replay import Replay
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.notebook import fit
+from keeptune.progress import Silent
 from keeptune.recipe import Recipe, load_recipe, parse_recipe
 from keeptune.runs import learn, run
 
@@ -220,9 +222,16 @@ def test_wrong_rows_for_the_kind_are_refused(home: Path) -> None:
 
 
 def test_a_leak_is_warned_of_with_its_count(home: Path) -> None:
-    folder = run(recipe(home))
-    assert "4 of 4 evaluation rows of task 't0'" in folder.info.warnings[0]
+    heard: list[str] = []
+
+    class Ear(Silent):
+        def warn(self, message: str) -> None:
+            heard.append(message)
+
+    folder = run(recipe(home), progress=Ear())
+    assert "4 of 4 evaluation rows of task 't0'" in heard[0]
     assert folder.info.tasks[0].leaked_rows == 4
+    assert "KT003" in {finding.code for finding in run_checks(folder)}
 
 
 def test_rows_longer_than_the_context_are_counted(home: Path) -> None:
