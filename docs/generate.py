@@ -18,8 +18,9 @@ import typer
 from pydantic import BaseModel
 
 from keeptune import checks, folder, guards, metrics, recipe, recipe_parts, registry, rows, scorers
+from keeptune.cards import card
 from keeptune.cli import app
-from keeptune.method import Method, card
+from keeptune.method import Method
 from keeptune.terminal import method_settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 
 import runs
+from keeptune.disk import new_folder, verify, write_atomic
 from keeptune.errors import FolderError
-from keeptune.folder import (
-    Cell,
-    Cost,
-    Evidence,
-    Phase,
-    RunFolder,
-    TaskEvidence,
-    new_folder,
-    verify,
-    write_atomic,
-)
+from keeptune.folder import Cell, Cost, Evidence, Phase, RunFolder, TaskEvidence
 
 
 def leftovers(path):

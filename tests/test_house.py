@@ -10,7 +10,7 @@ import pytest
 
 import keeptune
 from keeptune import registry
-from keeptune.method import card
+from keeptune.cards import card
 from keeptune.recipe import check_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,9 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 import pico
+from keeptune.cards import CARD_KEYS, card
 from keeptune.errors import MethodError
-from keeptune.method import CARD_KEYS, Batch, Chain, Context, Method, State, card
+from keeptune.method import Batch, Chain, Context, Method, State
 from keeptune.methods.ewc import EWC
 from keeptune.methods.joint import Joint
 from keeptune.methods.lwf import LwF

@@ -21,20 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from keeptune import state
+from keeptune.disk import new_folder, verify
 from keeptune.errors import FolderError, TrainingError
 from keeptune.evaluate import score_rows
-from keeptune.folder import (
-    Cell,
-    Evidence,
-    Example,
-    Kind,
-    Phase,
-    RunFolder,
-    TaskEvidence,
-    Unit,
-    new_folder,
-    verify,
-)
+from keeptune.folder import Cell, Evidence, Example, Kind, Phase, RunFolder, TaskEvidence, Unit
 from keeptune.guard import Guard
 from keeptune.harness import score_lm_eval
 from keeptune.machine import peak_memory, translated

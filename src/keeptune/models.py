@@ -23,8 +23,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from keeptune.disk import new_folder, sha256_file, verify
 from keeptune.errors import FolderError, ModelError
-from keeptune.folder import new_folder, sha256_file, verify
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"

@@ -15,8 +15,9 @@ from types import FrameType
 import datasets
 import transformers
 
+from keeptune.disk import write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
-from keeptune.folder import RunFolder, RunInfo, write_atomic
+from keeptune.folder import RunFolder, RunInfo
 from keeptune.loop import Loop
 from keeptune.machine import provenance
 from keeptune.method import Chain

@@ -29,8 +29,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from keeptune import state
+from keeptune.disk import new_folder
 from keeptune.errors import DataError, MethodError, TrainingError
-from keeptune.folder import new_folder
 from keeptune.method import IGNORED, Batch, Chain, Context, Method
 
 # At run time the trainer comes from the class that mixes this in.

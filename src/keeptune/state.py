@@ -1,7 +1,7 @@
 """What must survive a killed process: weights, methods, optimizer, random numbers.
 
 All of it is safetensors and JSON; loading runs no code of the file. A state is a folder made by
-`folder.new_folder`: whole or absent, with a hash of each file.
+`disk.new_folder`: whole or absent, with a hash of each file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keeptune.folder import write_atomic
+from keeptune.disk import write_atomic
 from keeptune.method import Chain, Context, State
 
 Tensors = dict[str, Tensor]

@@ -22,7 +22,7 @@ _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length
 
 def methods_table(classes: Sequence[type[Method]]) -> Table:
     """One line per method: its name, what it does and when to use it."""
-    from keeptune.method import card
+    from keeptune.cards import card
 
     table = _table("name", "what it does", "use when")
     for cls in classes:
@@ -33,7 +33,7 @@ def methods_table(classes: Sequence[type[Method]]) -> Table:
 
 def method_card(cls: type[Method]) -> RenderableType:
     """A method's card and its settings, for a terminal."""
-    from keeptune.method import card
+    from keeptune.cards import card
 
     shown = card(cls)
     parts: list[RenderableType] = [Text(f"{cls.name()}: {shown.title}", style="bold"), Text()]
@@ -70,7 +70,7 @@ def method_settings(cls: type[Method]) -> list[tuple[str, str, str, str]]:
 
 def methods_markdown(classes: Sequence[type[Method]]) -> str:
     """Every method's card as Markdown, under a table of all, for the reference pages."""
-    from keeptune.method import card
+    from keeptune.cards import card
 
     cards = [(cls, card(cls)) for cls in classes]
     lines = ["| name | what it does | use when |", "|---|---|---|"]

@@ -20,8 +20,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from trl import SFTConfig, SFTTrainer
 
 from keeptune import state
+from keeptune.disk import new_folder
 from keeptune.errors import RecipeError
-from keeptune.folder import new_folder
 from keeptune.method import Method
 from keeptune.seams import Seams
 

@@ -19,10 +19,11 @@ import keeptune
 import runs
 import stage
 from keeptune import registry
+from keeptune.cards import CARD_KEYS, card
 from keeptune.checks import CHECKS
 from keeptune.errors import MethodError
 from keeptune.folder import Evidence, MethodInfo, RunFolder, TaskEvidence
-from keeptune.method import CARD_KEYS, Chain, Method, card
+from keeptune.method import Chain, Method
 from keeptune.recipe import load_recipe
 from stage import Subject
 

@@ -14,8 +14,9 @@ from markupsafe import Markup, escape
 
 from keeptune.checks import Finding, run_checks
 from keeptune.comparison import Group, compare
+from keeptune.disk import write_atomic
 from keeptune.errors import FolderError
-from keeptune.folder import RunFolder, write_atomic
+from keeptune.folder import RunFolder
 from keeptune.report.flips import cut
 from keeptune.report.several import ComparisonView, comparison_view
 from keeptune.report.single import RunView, quantity, run_view

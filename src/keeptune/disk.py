@@ -1,0 +1,88 @@
+"""Files that are whole or absent, and folders of them with a hash of each file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from keeptune.errors import FolderError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name; it appears at `path`, with its hashes, only when whole.
+
+    A manifest with the SHA-256 of every file is added, which `verify` checks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        hashes = {str(p.relative_to(temporary)): sha256_file(p) for p in files}
+        write_atomic(temporary / "manifest.json", json.dumps(hashes, indent=1).encode())
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def verify(path: Path) -> None:
+    """Check a folder made by `new_folder` against its manifest.
+
+    Raises:
+        FolderError: A file is missing or its bytes changed; the message names it.
+    """
+    try:
+        hashes: dict[str, str] = json.loads((path / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path / 'manifest.json'} cannot be read ({error}).") from error
+    for name, expected in hashes.items():
+        file = path / name
+        if not file.is_file():
+            raise FolderError(f"{file} is missing.")
+        if sha256_file(file) != expected:
+            raise FolderError(f"{file} is damaged: its bytes do not match the hash kept with it.")
