@@ -33,8 +33,8 @@ from trl import SFTConfig, SFTTrainer
 from keeptune import models, tokens
 from keeptune.evaluate import score_rows
 from keeptune.rows import read_rows
-from keeptune.trainers import build_trainer
 from keeptune.streams import toy
+from keeptune.trainers import build_trainer
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

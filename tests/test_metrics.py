@@ -165,3 +165,16 @@ def test_metrics_checks_and_report_import_no_torch():
         "keeptune.report; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_guard_that_asks_a_tasks_facts_anew_is_no_kept_ability(tmp_path) -> None:
+    folder = runs.fabricate(tmp_path / "run")
+    before = summarise(folder).metric("guard_kept")
+    asked = folder.info.guards[0].model_copy(update={"transfer_of": folder.info.tasks[0].name})
+    folder.info = folder.info.model_copy(update={"guards": [asked, *folder.info.guards[1:]]})
+    after = summarise(folder)
+    kept = after.metric("guard_kept")
+    assert before is not None
+    assert kept is not None
+    assert kept.estimate.n == before.estimate.n - 1
+    assert after.guards[0].name == asked.name

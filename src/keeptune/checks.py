@@ -183,7 +183,7 @@ def _no_evidence(folder: RunFolder) -> str | None:
 def _low_start(folder: RunFolder) -> str | None:
     low = [
         f"{c.info.name!r} ({100 * c.goodness[0]:.0f} %)"
-        for c in load(folder).guards
+        for c in load(folder).kept
         if c.info.unit == "share" and len(c.goodness) and c.goodness[0] < LOWEST_START
     ]
     return (
@@ -195,7 +195,7 @@ def _low_start(folder: RunFolder) -> str | None:
 
 
 def _no_guard(folder: RunFolder) -> str | None:
-    if folder.info.guards:
+    if any(not guard.transfer_of for guard in folder.info.guards):
         return None
     return "No guard was measured: nothing is known about what the model could do before."
 

@@ -84,7 +84,14 @@ def demo_recipe(out: Path, strategy: str) -> Recipe:
     for guard in names.new_wordings():
         assert guard.rows is not None
         file = data / f"{guard.name.replace(', ', '-').replace(' ', '-')}.jsonl"
-        guards.append({"name": guard.name, "eval": _write(file, guard.rows), "score": guard.score})
+        guards.append(
+            {
+                "name": guard.name,
+                "eval": _write(file, guard.rows),
+                "score": guard.score,
+                "transfer_of": guard.transfer_of,
+            }
+        )
     return parse_recipe(
         {
             "model": "demo",

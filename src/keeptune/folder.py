@@ -85,6 +85,7 @@ class DataInfo(_Record):
 
     Attributes:
         recall: The evaluation rows are training rows on purpose.
+        transfer_of: For a guard that asks a task's facts in another way: that task.
         leaked_rows: Evaluation rows that are also training rows.
         truncated_rows: Training rows cut to the longest length allowed.
         dropped_rows: Training rows left out because nothing to learn was left of them.
@@ -94,6 +95,7 @@ class DataInfo(_Record):
     score: str
     unit: Unit
     recall: bool = False
+    transfer_of: str = ""
     train_rows: int = 0
     leaked_rows: int = 0
     truncated_rows: int = 0

@@ -24,6 +24,7 @@ class Guard:
         max_new_tokens: Longest generated answer; None is the expected answer's length plus 8.
         limit: For lm-eval, at most so many examples.
         include_path: For lm-eval, a folder with task YAML of one's own.
+        transfer_of: The task whose facts it asks in another way, if any.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Guard:
     max_new_tokens: int | None = None
     limit: int | None = None
     include_path: Path | None = None
+    transfer_of: str = ""
 
     def __post_init__(self) -> None:
         if self.rows is None:
@@ -71,6 +73,7 @@ def read_guard(spec: str | TextGuard | RowsGuard | LmEvalGuard, *, where: str = 
         return [Guard(spec.name, read_rows(spec.text, field=where), "perplexity")]
     if isinstance(spec, RowsGuard):
         rows = read_rows(spec.eval, split="test", field=where)
-        return [Guard(spec.name, rows, spec.score or "", spec.max_new_tokens)]
+        transfer = spec.transfer_of or ""
+        return [Guard(spec.name, rows, spec.score or "", spec.max_new_tokens, transfer_of=transfer)]
     path = Path(spec.include_path) if spec.include_path else None
     return [Guard(name, None, limit=spec.limit, include_path=path) for name in spec.lm_eval]

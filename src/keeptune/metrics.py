@@ -200,7 +200,7 @@ def applies(results: Results, definition: Definition, unit: Unit) -> bool:
     """Whether a metric makes sense for a run: shares always, perplexities where there are some."""
     if unit == "share":
         return True
-    columns = results.tasks + results.waiting if definition.kind == "task" else results.guards
+    columns = results.tasks + results.waiting if definition.kind == "task" else results.kept
     return definition.scale != "ratio" and any(c.info.unit == unit for c in columns)
 
 
@@ -209,7 +209,7 @@ def raw(
 ) -> tuple[float, Array]:
     """A metric's value and its draws, in goodness; NaN where it is not defined."""
     undefined = float("nan"), np.full(1, np.nan)
-    if not results.tasks or not (definition.kind == "task" or results.guards):
+    if not results.tasks or not (definition.kind == "task" or results.kept):
         return undefined
     with np.errstate(invalid="ignore"):
         value = definition.formula(results.goodness(definition.kind, unit))
@@ -230,7 +230,7 @@ def _same_tasks(results: Results, joint: Results) -> bool:
 
 def _metric(results: Results, definition: Definition, unit: Unit, joint: Results | None) -> Metric:
     value, draws = raw(results, definition, unit, joint)
-    columns = results.tasks if definition.kind == "task" else results.guards
+    columns = results.tasks if definition.kind == "task" else results.kept
     n = sum(c.info.unit == unit for c in columns)
     shown = shown_as(definition.scale, unit)
     return Metric(
@@ -248,7 +248,7 @@ def _reason(results: Results, definition: Definition, unit: Unit, joint: Results
     if not results.tasks:
         return "no task is learned yet"
     if definition.kind == "guard":
-        known = any(c.info.unit == unit for c in results.guards)
+        known = any(c.info.unit == unit for c in results.kept)
         return "the guards scored 0 before training" if known else f"no guard with a {unit}"
     if not any(c.info.unit == unit for c in results.tasks):
         return f"no task with a {unit}"

@@ -106,6 +106,8 @@ class RowsGuard(Part):
     """As for a task."""
     max_new_tokens: int | None = Field(None, ge=1)
     """As for a task."""
+    transfer_of: str | None = None
+    """The task whose facts these rows ask in another way; shown, but not part of what was kept."""
 
 
 class LmEvalGuard(Part):

@@ -77,19 +77,24 @@ class Results:
     guards: list[Column]
 
     @property
+    def kept(self) -> list[Column]:
+        """The guards that ask for what was known before; not those that ask a task's facts anew."""
+        return [column for column in self.guards if not column.info.transfer_of]
+
+    @property
     def rows(self) -> int:
         """Whole rows of R, row 0 included."""
         return max(len(c.cells) for c in (*self.tasks, *self.waiting, *self.guards))
 
     def goodness(self, kind: Kind, unit: Unit) -> Array:
         """[rows, columns]; columns of another unit are NaN."""
-        columns = self.tasks if kind == "task" else self.guards
+        columns = self.tasks if kind == "task" else self.kept
         masked = [c.goodness if c.info.unit == unit else c.goodness * np.nan for c in columns]
         return np.array(masked).reshape(len(columns), -1).T
 
     def draws(self, kind: Kind, unit: Unit) -> Array:
         """[draws, rows, columns]; columns of another unit are NaN."""
-        columns = self.tasks if kind == "task" else self.guards
+        columns = self.tasks if kind == "task" else self.kept
         masked = [c.draws if c.info.unit == unit else c.draws * np.nan for c in columns]
         return np.array(masked).reshape(len(columns), DRAWS, -1).transpose(1, 2, 0)
 

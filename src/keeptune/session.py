@@ -96,6 +96,7 @@ class Session:
                 unit=g.unit,
                 eval_rows=len(g.rows) if g.rows else 0,
                 eval_sha256=g.rows.sha256 if g.rows else "",
+                transfer_of=g.transfer_of,
             )
             for g in self.plan.guards
         ]

