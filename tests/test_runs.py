@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def test_a_run_fills_a_square_r_with_row_0(home: Path) -> None:
         r["completion"].strip() for r in rows(1, 4)
     ]
     assert folder.evidence()[1].methods[0].values["rows_replayed"] > 0
-    assert {p.phase for p in folder.cost().phases} >= {"train", "save", "evaluate"}
+    phases = {p.phase for p in folder.cost().phases}
+    assert phases == {"load", "train", "end_task", "save", "evaluate"}
     assert folder.cost().peak_memory_bytes > 0
     assert folder.steps()
 
@@ -345,3 +348,35 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(home: Path) -> No
 def test_trainer_settings_that_contradict_each_other_are_a_sentence(home: Path) -> None:
     asked = recipe(home, trainer={**TRAINER, "bf16": True, "fp16": True})
     refused(home, asked, RecipeError, "trainer:")
+
+
+# -- stopped by the user --------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_a_state_and_the_run_goes_on_bit_for_bit(home: Path) -> None:
+    class Impatient(Silent):
+        """Presses Ctrl-C in the second task."""
+
+        tasks = 0
+
+        def task(self, number: int, total: int, name: str) -> None:
+            self.tasks = number
+
+        def advance(self, done: int, **figures: float) -> None:
+            if self.tasks == 2 and done == 1:
+                self.tasks = 0
+                os.kill(os.getpid(), signal.SIGINT)
+
+    asked = recipe(home, methods=[{"ewc": {"strength": 10}}, "replay"])
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, progress=Impatient())
+    stopped = RunFolder(home / "run")
+    assert stopped.info.status == "stopped"
+    assert list(stopped.path.glob("state/progress/001-*"))
+    run(asked, resume=True)
+    whole = run(asked.model_copy(update={"out": home / "whole"}))
+    ends = [
+        (folder / "state" / "task-002" / "manifest.json").read_text()
+        for folder in (home / "run", whole.path)
+    ]
+    assert ends[0] == ends[1]

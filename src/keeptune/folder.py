@@ -282,6 +282,11 @@ class RunFolder:
         file = self.path / "cost.json"
         return self._read(file, Cost) if file.is_file() else Cost()
 
+    def add_phase(self, phase: Phase) -> None:
+        """Add a phase to what the run cost so far."""
+        cost = self.cost()
+        self.write_cost(cost.model_copy(update={"phases": [*cost.phases, phase]}))
+
     def write_cost(self, cost: Cost) -> None:
         """Keep what the run cost so far."""
         write_atomic(self.path / "cost.json", cost.model_dump_json(indent=1).encode())

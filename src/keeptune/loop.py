@@ -119,7 +119,10 @@ class Loop:
             raise KeyboardInterrupt
         self._check_weights(task.name)
         trained = int(trainer.tokens_trained) - tokens
-        self._add_cost("train", task.name, started, trained)
+        self._add_cost("train", task.name, started + trainer.end_task_seconds, trained)
+        self.folder.add_phase(
+            Phase(phase="end_task", task=task.name, seconds=trainer.end_task_seconds)
+        )
         self._keep(index)
 
     def _keep(self, index: int) -> None:

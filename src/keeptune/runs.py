@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import transformers
 
 from keeptune.disk import write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
-from keeptune.folder import DataInfo, Kind, RunFolder, RunInfo
+from keeptune.folder import DataInfo, Kind, Phase, RunFolder, RunInfo
 from keeptune.loop import Loop
 from keeptune.machine import provenance
 from keeptune.method import Chain
@@ -59,11 +60,13 @@ def run(
         refuse_full(out)
     else:
         recipe = _same_recipe(existing, recipe)
+    started = time.monotonic()
     with quiet():
         session = open_session(read_plan(recipe))
     folder = existing or RunFolder.create(out, describe(session, recipe), dump(recipe))
     if existing is not None:
         _same_data(existing, session)
+    folder.add_phase(Phase(phase="load", seconds=time.monotonic() - started))
     if row_0 is not None:
         take_row_0(folder, row_0)
     return finish(session, folder, progress or Silent())

@@ -17,6 +17,7 @@ Where each verb sits, and why there:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Seams(_Base):
         self.ctx: Context | None = None
         self.train_dataset: Any
         self.tasks_learned = 0
+        self.end_task_seconds = 0.0
         if self.is_deepspeed_enabled:
             raise MethodError(
                 "keeptune cannot reach the gradients under DeepSpeed, which steps inside its own "
@@ -135,7 +137,9 @@ class Seams(_Base):
         output = None
         if not (resume and _is_trained(Path(resume))):
             output = super().train(resume_from_checkpoint=str(resume) if resume else None)
+        ended = time.monotonic()
         self.strategy.end_task(self.ctx)
+        self.end_task_seconds = time.monotonic() - ended
         self.tasks_learned = index + 1
         return output
 

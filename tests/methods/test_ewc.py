@@ -158,7 +158,12 @@ def test_a_task_end_keeps_weights_and_fisher() -> None:
     kept = method.state().tensors
     torch.testing.assert_close(kept["anchor/weight"], tensor(4.0, 4.0)[None])
     torch.testing.assert_close(kept["fisher/weight"], tensor(0.5, 0.5)[None])
-    assert method.evidence() == {"fisher_rows": 2, "fisher_sum": pytest.approx(1.0)}
+    assert method.evidence() == {
+        "fisher_rows": 2,
+        "extra_forward_rows": 2,
+        "extra_backward_rows": 2,
+        "fisher_sum": pytest.approx(1.0),
+    }
 
 
 def test_evidence_does_not_depend_on_the_order_after_a_reload() -> None:

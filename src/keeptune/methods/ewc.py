@@ -133,6 +133,7 @@ class EWC(Method):
             else:
                 consolidate(self._anchor[name], self._fisher[name], parameter, fisher[name])
         self._evidence["fisher_rows"] = rows
+        self._evidence["extra_forward_rows"] = self._evidence["extra_backward_rows"] = rows
         # In name order: a restored state has another order, and sums would round otherwise.
         self._evidence["fisher_sum"] = sum(
             self._fisher[name].sum().item() for name in sorted(self._fisher)

@@ -47,7 +47,7 @@ class LwF(Method):
 
     _teacher: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _teacher_of: int = PrivateAttr(-1)
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
         """The distillation term of one micro batch."""
@@ -64,7 +64,7 @@ class LwF(Method):
             ctx.answer_logits(teacher, batch),
             self.temperature,
         )
-        self._add_evidence(kl.detach())
+        self._add_evidence(kl.detach(), len(batch["labels"]))
         return self.strength * ctx.mean_over_answers(kl)
 
     def _look_back(self, ctx: Context) -> None:
@@ -73,17 +73,22 @@ class LwF(Method):
         if self._teacher_of != ctx.index:
             self._teacher = {n: p.detach().clone() for n, p in ctx.trainable().items()}
             self._teacher_of = ctx.index
-            self._sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+            self._sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)
 
-    def _add_evidence(self, kl: Tensor) -> None:
+    def _add_evidence(self, kl: Tensor, rows: int) -> None:
         # Kept as running sums so that nothing waits for the device at each step.
         self._sums[0] += kl.sum()
         self._sums[1] += kl.numel()
+        self._sums[2] += rows
 
     def evidence(self) -> dict[str, Any]:
         """Mean of the term over all answers trained on, in nats."""
-        total, answers = self._sums.tolist()
-        return {"kl": total / max(answers, 1), "answers": int(answers)}
+        total, answers, rows = self._sums.tolist()
+        return {
+            "kl": total / max(answers, 1),
+            "answers": int(answers),
+            "extra_forward_rows": int(rows),
+        }
 
     def state(self) -> State:
         """The weights before the present task; not needed once the task has ended."""
@@ -106,6 +111,6 @@ class LwF(Method):
         }
 
     def declared_bytes(self, ctx: Context) -> int:
-        """One copy of the trained weights during a task; between tasks two numbers."""
+        """One copy of the trained weights during a task; between tasks three numbers."""
         weights = sum(p.numel() * p.element_size() for p in ctx.trainable().values())
         return weights * bool(self._teacher) + self._sums.nbytes
