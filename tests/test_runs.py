@@ -17,6 +17,7 @@ import torch
 import pico
 from keeptune import loop, state
 from keeptune.checks import run_checks
+from keeptune.disk import locked
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
 from keeptune.folder import RunFolder
 from keeptune.inspection import inspect
@@ -265,6 +266,12 @@ def test_a_full_folder_is_refused_unless_resumed(home: Path) -> None:
     with pytest.raises(FolderError, match="is not empty"):
         run(recipe(home))
     assert (home / "run" / "mine.txt").read_text() == "precious"
+
+
+def test_two_processes_never_work_in_one_folder(home: Path) -> None:
+    folder = run(recipe(home))
+    with locked(folder.path), pytest.raises(FolderError, match="Another process is at work"):
+        run(recipe(home), resume=True)
 
 
 def test_resume_refuses_another_recipe_and_other_data(home: Path) -> None:

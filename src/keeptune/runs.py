@@ -16,7 +16,7 @@ from types import FrameType
 import datasets
 import transformers
 
-from keeptune.disk import write_atomic
+from keeptune.disk import locked, write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
 from keeptune.folder import DataInfo, Kind, Phase, RunFolder, RunInfo
 from keeptune.loop import Loop
@@ -66,10 +66,11 @@ def run(
     folder = existing or RunFolder.create(out, describe(session, recipe), dump(recipe))
     if existing is not None:
         _same_data(existing, session)
-    folder.add_phase(Phase(phase="load", seconds=time.monotonic() - started))
-    if row_0 is not None:
-        take_row_0(folder, row_0)
-    return finish(session, folder, progress or Silent())
+    with locked(folder.path):
+        folder.add_phase(Phase(phase="load", seconds=time.monotonic() - started))
+        if row_0 is not None:
+            take_row_0(folder, row_0)
+        return finish(session, folder, progress or Silent())
 
 
 def learn(
@@ -120,16 +121,17 @@ def learn(
     with quiet():
         session = open_session(read_plan(recipe))
     _same_data(folder, session)
-    info = describe(session, recipe)
-    write_atomic(folder.path / "recipe.yaml", dump(recipe).encode())
-    folder.info = folder.info.model_copy(
-        update={"tasks": info.tasks, "warnings": info.warnings, "status": "running"}
-    )
-    folder.save_info()
-    loop = Loop(session, folder, progress or Silent(), threading.Event())
-    # The base model is loaded now and never again: its answers on the new task are row 0.
-    loop.evaluate(0)
-    return finish(session, folder, progress or Silent(), loop)
+    with locked(folder.path):
+        info = describe(session, recipe)
+        write_atomic(folder.path / "recipe.yaml", dump(recipe).encode())
+        folder.info = folder.info.model_copy(
+            update={"tasks": info.tasks, "warnings": info.warnings, "status": "running"}
+        )
+        folder.save_info()
+        loop = Loop(session, folder, progress or Silent(), threading.Event())
+        # The base model is loaded now and never again: its answers on the new task are row 0.
+        loop.evaluate(0)
+        return finish(session, folder, progress or Silent(), loop)
 
 
 def _is_unfinished(folder: RunFolder, name: str) -> bool:
