@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -176,3 +178,14 @@ def test_damage_is_found_by_hash(tmp_path):
     (tmp_path / "state" / "manifest.json").unlink()
     with pytest.raises(FolderError, match=r"manifest\.json cannot be read"):
         verify(tmp_path / "state")
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".state.{gone.pid}.tmp").mkdir()
+    alive = tmp_path / f".state.{os.getppid()}.tmp"
+    alive.mkdir()
+    with new_folder(tmp_path / "state") as files:
+        (files / "a.json").write_text("{}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, "state"])
