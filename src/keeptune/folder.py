@@ -178,6 +178,18 @@ class RunInfo(_Record):
     warnings: list[str] = []
 
 
+def refuse_full(out: Path) -> None:
+    """A new run never starts in a folder that holds something.
+
+    Raises:
+        FolderError: It does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FolderError(
+            f"{out} is not empty. Continue that run with --resume, or give another --out."
+        )
+
+
 class RunFolder:
     """Reads and writes one run folder.
 
@@ -211,10 +223,7 @@ class RunFolder:
             FolderError: The folder holds something already.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FolderError(
-                f"{path} is not empty. Continue that run with --resume, or give another --out."
-            )
+        refuse_full(path)
         write_atomic(path / "recipe.yaml", recipe_yaml.encode())
         write_atomic(path / "run.json", info.model_dump_json(indent=1).encode())
         return cls(path)

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from keeptune.errors import RecipeError
-from keeptune.folder import RunFolder
+from keeptune.folder import RunFolder, refuse_full
 from keeptune.guard import Guard
 from keeptune.method import Method
 from keeptune.models import Loaded
 from keeptune.progress import Silent
 from keeptune.recipe import Recipe, dump, parse_recipe
 from keeptune.rows import read_rows
-from keeptune.runs import OBJECT, describe, finish, quiet, refuse_full
+from keeptune.runs import OBJECT, describe, finish, quiet
 from keeptune.session import DEFAULT_LENGTH, Plan, class_names, open_session
 from keeptune.stream import Task, TaskStream
 

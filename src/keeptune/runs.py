@@ -18,7 +18,7 @@ import transformers
 
 from keeptune.disk import locked, write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
-from keeptune.folder import DataInfo, Kind, Phase, RunFolder, RunInfo
+from keeptune.folder import DataInfo, Kind, Phase, RunFolder, RunInfo, refuse_full
 from keeptune.loop import Loop
 from keeptune.machine import provenance
 from keeptune.method import Chain
@@ -202,18 +202,6 @@ def _out(recipe: Recipe) -> Path:
     if recipe.out is None:
         raise RecipeError("out: no run folder is given. Set `out:` in the recipe or use --out.")
     return recipe.out
-
-
-def refuse_full(out: Path) -> None:
-    """A new run never starts in a folder that holds something.
-
-    Raises:
-        FolderError: It does.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FolderError(
-            f"{out} is not empty. Continue that run with --resume, or give another --out."
-        )
 
 
 def _same_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:

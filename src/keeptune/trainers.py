@@ -105,7 +105,6 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: Any, report: Report, seconds: float, stop: Event) -> None:
         self.trainer, self.report, self.seconds, self.stop = trainer, report, seconds, stop
         self.saved_at = time.monotonic()
-        self.figures: dict[str, float] = {}
         self.last = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,14 +115,14 @@ class _Watch(TrainerCallback):
         if "loss" not in logs:
             return
         now, tokens = time.monotonic(), int(self.trainer.tokens_trained)
-        self.figures = {
+        figures = {
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm", 0.0),
             "tokens_per_second": (tokens - self.last[1]) / max(now - self.last[0], 1e-9),
         }
         self.last = (now, tokens)
-        self.report(state.global_step, state.max_steps, self.figures)
+        self.report(state.global_step, state.max_steps, figures)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.report(state.global_step, state.max_steps, {})
