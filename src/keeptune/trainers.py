@@ -127,15 +127,10 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.report(state.global_step, state.max_steps, {})
         if self.stop.is_set():
-            control.should_save = True
+            control.should_save = control.should_training_stop = True
         elif time.monotonic() - self.saved_at >= self.seconds:
             control.should_save = True
             self.saved_at = time.monotonic()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Leave now: after training the methods would learn from a task that did not end.
-        if self.stop.is_set():
-            raise KeyboardInterrupt
 
 
 class TextTrainer(Checkpoints, SFTTrainer):
