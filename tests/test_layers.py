@@ -21,8 +21,8 @@ LIGHT = (
     "metrics", "checks", "report", "cli", "terminal",
 )  # fmt: skip
 METHODS_MAY = {
-    "__future__", "datasets", "peft", "pydantic", "torch",
-    "keeptune.method", "keeptune.buffer", "keeptune.errors",
+    "__future__", "datasets", "peft", "pydantic", "pydantic_core", "torch",
+    "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.trainers")
 

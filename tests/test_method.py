@@ -25,7 +25,7 @@ from keeptune.methods.plain import Plain
 from keeptune.methods.replay import Replay
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.methods.wise import WiSE
-from pencil import Softmax, context, examples, stack, texts
+from pencil import Softmax, context, examples
 
 # -- the chain ------------------------------------------------------------------------------------
 
@@ -220,23 +220,6 @@ def test_a_mean_over_answers_is_over_the_whole_step() -> None:
     assert sum(ctx.mean_over_answers(part).item() for part in parts) == 3.0
 
 
-def test_log_likelihood_of_texts_is_the_sum_over_the_answers_tokens() -> None:
-    model, rows = pico.causal_lm(16), texts([6, 7, 8, 9], [9, 8, 7, 6], answer_from=2)
-    with torch.no_grad():
-        got = context(model, rows).log_likelihood(stack(list(rows)))
-        for row, value in zip(rows, got, strict=True):
-            p = model(input_ids=torch.tensor([row["input_ids"]])).logits.log_softmax(-1)[0]
-            want = p[1, row["input_ids"][2]] + p[2, row["input_ids"][3]]
-            assert value.item() == pytest.approx(want.item(), rel=1e-5)
-
-
-def test_log_likelihood_of_a_classifier() -> None:
-    model = Softmax([[math.log(3), 0.0]])
-    rows = examples((0, 0), (0, 1))
-    got = context(model, rows).log_likelihood(stack(list(rows)))
-    assert got.tolist() == pytest.approx([math.log(0.75), math.log(0.25)])
-
-
 # -- settings -------------------------------------------------------------------------------------
 
 
@@ -319,7 +302,7 @@ def test_a_real_card() -> None:
     found = card(EWC)
     assert found.title.startswith("Elastic weight consolidation")
     assert tuple(found.fields) == CARD_KEYS
-    assert found.fields["Changes"] == "gradients, end_task"
+    assert found.fields["Changes"] == "gradients or after_step, end_task"
 
 
 def test_a_module_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

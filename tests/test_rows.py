@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from keeptune.errors import DataError
-from keeptune.rows import Shape, answer, leaked, options, question, read_rows
+from keeptune.rows import Shape, answer, answered, leaked, options, question, read_rows
 
 USER = {"role": "user", "content": "Hi"}
 BOT = {"role": "assistant", "content": "Hello"}
@@ -213,3 +213,15 @@ def test_a_hub_data_set_may_name_its_split(monkeypatch):
     assert read_rows("openai/gsm8k:test[:5]", split="train").rows == [PAIR]
     assert read_rows("squad", split="validation").source == "squad:validation"
     assert asked == [("openai/gsm8k", "test[:5]"), ("squad", "validation")]
+
+
+def test_a_row_is_answered_with_each_of_its_choices() -> None:
+    choice = {"prompt": "Q", "choices": ["no", "yes"], "answer": 1}
+    assert [r["answer"] for r in answered(choice, Shape.CHOICE)] == [0, 1]
+    # The right one stays as it is written.
+    text = {"prompt": "Q", "completion": " yes", "choices": ["no", "yes"]}
+    assert [r["completion"] for r in answered(text, Shape.COMPLETION)] == ["no", " yes"]
+    talk = {"prompt": [USER], "completion": [BOT], "choices": ["Hello", "Bye"]}
+    hello, bye = (r["completion"] for r in answered(talk, Shape.COMPLETION))
+    assert (hello, bye) == ([BOT], [BOT | {"content": "Bye"}])
+    assert answered(PAIR, Shape.COMPLETION) == []

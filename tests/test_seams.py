@@ -179,6 +179,29 @@ def test_a_users_own_trainer_resumes_with_the_methods_state(tmp_path: Any) -> No
     assert kept[0] == kept[1]
 
 
+class Columns(Method):
+    """Which columns a method finds, and which go on to the trainer."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        self._evidence |= {"own": ctx.dataset.column_names, "trained": dataset.column_names}
+        return dataset
+
+
+def test_the_choices_of_rows_are_for_methods_only(tmp_path: Any) -> None:
+    plain = rows()
+    options = [[{"input_ids": [7], "labels": [7]}] * 2] * len(plain)
+    with_choices = plain.add_column("options", options)
+    method = Columns()
+    trainer = build_trainer(
+        "causal_lm", pico.causal_lm(), pico.tokenizer(), with_choices, [method],
+        settings(tmp_path), collate(pico.tokenizer()),
+    )  # fmt: skip
+    for dataset in (with_choices, plain, with_choices):
+        trainer.learn("any", dataset)
+        evidence = {"own": dataset.column_names, "trained": plain.column_names}
+        assert method.evidence() == evidence
+
+
 def test_untokenised_rows_are_refused(tmp_path: Any) -> None:
     trainer = own_trainer(tmp_path, [])
     with pytest.raises(DataError, match=r"no column 'input_ids'.*keeptune\.tokenise"):

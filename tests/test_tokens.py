@@ -151,6 +151,33 @@ def test_cuts_and_drops_are_counted():
         tokenise(rows, TOKENIZER, max_length=1)
 
 
+def test_rows_with_choices_carry_each_choice_as_an_answer():
+    choices = {"prompt": "Q:", "choices": ["no", "yes"], "answer": 1}
+    completion = {"prompt": "Q:", "completion": "yes", "choices": ["no", "yes"]}
+    for row in (choices, completion):
+        done = tokenise(read_rows([row]), TOKENIZER, max_length=99).dataset[0]
+        no, yes = done["options"]
+        assert yes == {"input_ids": done["input_ids"], "labels": done["labels"]}
+        assert TOKENIZER.decode(no["input_ids"]) == "Q: no</s>"
+        assert TOKENIZER.decode([i for i in no["labels"] if i != -100]) == " no</s>"
+
+
+def test_messages_with_choices_carry_them_too():
+    row = {"prompt": TALK[:1], "completion": TALK[1:2], "choices": ["hello", "no"]}
+    hello, no = tokenise(read_rows([row]), CHAT, max_length=999).dataset[0]["options"]
+    assert CHAT.decode([i for i in hello["labels"] if i != -100]) == "hello<|im_end|>"
+    assert CHAT.decode([i for i in no["labels"] if i != -100]) == "no<|im_end|>"
+
+
+def test_options_are_given_for_all_rows_or_none():
+    rows = [
+        {"prompt": "Q:", "completion": "yes", "choices": ["no", "yes"]},
+        {"prompt": "Q:", "completion": "maybe"},
+    ]
+    done = tokenise(read_rows(rows), TOKENIZER, max_length=99)
+    assert done.dataset.column_names == ["input_ids", "labels"]
+
+
 def test_batches_are_padded_on_the_right():
     for tokenizer, padding in ((TOKENIZER, 0), (pico.tokenizer(pad=False), 2)):
         batch = collate(tokenizer)(

@@ -27,14 +27,13 @@ from keeptune.likelihood import (
     sequence_guesses,
     sequence_losses,
 )
-from keeptune.rows import Rows, Shape, answer, as_text, options, question
+from keeptune.rows import Rows, Shape, answer, as_text, label_id, options, question
 from keeptune.scorers import check_score, text_score
 from keeptune.tokens import (
     IGNORED,
     Ids,
     cut_left,
     encode,
-    label_id,
     learned,
     option_ids,
     pad_id,

@@ -26,7 +26,6 @@ from pydantic import (
     model_validator,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from keeptune.errors import MethodError, suggest
 
@@ -52,6 +51,7 @@ class Context:
         step: Optimizer steps done in this task.
         grad_scale: What gradients are multiplied by until they are clipped (fp16); else 1.
         answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
+        learning_rate: Of the step that was just taken; set for `after_step`.
     """
 
     model: nn.Module
@@ -63,6 +63,7 @@ class Context:
     step: int = 0
     grad_scale: float = 1.0
     answers_in_step: Tensor | float = 1.0
+    learning_rate: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -99,23 +100,6 @@ class Context:
         """
         return values.sum() / self.answers_in_step
 
-    def log_likelihood(self, batch: Batch) -> Tensor:
-        """Log-probability of each row's answer, summed over its tokens: [B], in nats."""
-        if "labels" not in batch:
-            raise MethodError(
-                "This trainer's rows have no labels, so there is no likelihood of an answer. "
-                "Methods that need it work with SFTTrainer and with classifiers."
-            )
-        labels = batch["labels"]
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        logits = self.model(**inputs).logits
-        if labels.dim() == 1:
-            return -F.cross_entropy(logits.float(), labels, reduction="none")
-        mask = labels[:, 1:] != IGNORED
-        nats = -F.cross_entropy(logits[:, :-1][mask].float(), labels[:, 1:][mask], reduction="none")
-        rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(mask)[mask]
-        return torch.zeros(len(labels), device=nats.device).index_add(0, rows, nats)
-
 
 @dataclass
 class State:
@@ -133,6 +117,8 @@ class Method(BaseModel):
         proof: The evidence that is above 0 when the method was active.
         active_from: The first task (from 0) on which it must have been active.
         needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`).
+        reads_the_step: Whether its `gradients` and `after_step` run before those of the others,
+            because it looks at the task's own gradient and the optimizer's own step.
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
         excludes: Traits that another method in the strategy must not have.
@@ -144,6 +130,7 @@ class Method(BaseModel):
     proof: ClassVar[str] = ""
     active_from: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_the_step: ClassVar[bool] = False
     traits: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
 
@@ -213,7 +200,9 @@ class Method(BaseModel):
 
 def _sentence(cls: type[Method], error: dict[str, Any]) -> str:
     """Turn one pydantic error into: name, got, allowed, what to do."""
-    where = ".".join([cls.__name__, *map(str, error["loc"])])
+    # Beyond a setting's name, names in `loc` are pydantic's own for the branches of a union.
+    place = [str(p) for i, p in enumerate(error["loc"]) if i == 0 or isinstance(p, int)]
+    where = ".".join([cls.__name__, *place])
     if error["type"] == "extra_forbidden":
         names = list(cls.model_fields)
         known = suggest(str(error["loc"][0]), names) if names else "It has no settings."
@@ -294,14 +283,17 @@ class Chain:
         return total
 
     def gradients(self, ctx: Context) -> None:
-        """Let every method edit the gradients."""
-        for method in self.methods:
+        """Let every method edit the gradients, those that only look first."""
+        for method in self._lookers_first():
             method.gradients(ctx)
 
     def after_step(self, ctx: Context) -> None:
-        """Let every method edit the weights."""
-        for method in self.methods:
+        """Let every method edit the weights, those that only look first."""
+        for method in self._lookers_first():
             method.after_step(ctx)
+
+    def _lookers_first(self) -> list[Method]:
+        return sorted(self.methods, key=lambda method: not method.reads_the_step)
 
     def end_task(self, ctx: Context) -> None:
         """Let every method learn from the task."""

@@ -18,11 +18,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from keeptune.errors import DataError
+from keeptune.errors import DataError, suggest
 from keeptune.sources import Raw, read
 
 Row = dict[str, Any]
@@ -155,6 +156,36 @@ def options(row: Row, shape: Shape) -> tuple[list[str], int] | None:
     stripped = [c.strip() for c in choices]
     right = answer(row, shape).strip()
     return (choices, stripped.index(right)) if right in stripped else None
+
+
+def answered(row: Row, shape: Shape) -> list[Row]:
+    """The row with each of its choices as the right one, in their order; none where none are."""
+    if (found := options(row, shape)) is None:
+        return []
+    choices, right = found
+    if shape is Shape.CHOICE:
+        return [row | {"answer": i} for i in range(len(choices))]
+    given = row["completion"]
+    others = [
+        c if isinstance(given, str) else [*given[:-1], given[-1] | {"content": c}] for c in choices
+    ]
+    return [row | {"completion": given if i == right else c} for i, c in enumerate(others)]
+
+
+def label_id(label: str | int, labels: Sequence[str]) -> int:
+    """The class id of a label: its place among the names, or a whole number as it is.
+
+    Raises:
+        DataError: No such class.
+    """
+    if label in labels:
+        return labels.index(str(label))
+    if isinstance(label, int) or label.isdecimal():
+        number = int(label)
+        if number >= 0 and (not labels or number < len(labels)):
+            return number
+    known = suggest(str(label), labels) if labels else "Give the names of the classes as labels."
+    raise DataError(f"unknown label {label!r}. {known}")
 
 
 def as_text(prompt: str | Messages) -> str:

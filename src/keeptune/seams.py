@@ -13,18 +13,23 @@ Where each verb sits, and why there:
   the fp16 scale. transformers' own `on_pre_optimizer_step` fires after clipping, and a penalty in
   `compute_loss` would be paid once per micro batch and fail on sharded tensors.
 * `after_step` in the public callback `on_optimizer_step`.
+
+With several processes every verb runs on every process. Under DDP each has all weights, under FSDP2
+its shards of them, from the first `begin_task` on; gradients are those of the global batch.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
@@ -33,6 +38,7 @@ from keeptune import state
 from keeptune.disk import new_folder
 from keeptune.errors import DataError, MethodError, TrainingError
 from keeptune.method import IGNORED, Batch, Chain, Context, Method
+from keeptune.tokens import OPTIONS
 
 # At run time the trainer comes from the class that mixes this in.
 _Base: Any = object
@@ -52,17 +58,26 @@ class Seams(_Base):
         super().__init__(*args, **kwargs)
         self.strategy = Chain(methods)
         self.ctx: Context | None = None
+        self.model: Any
         self.train_dataset: Any
         self.tasks_learned = 0
         self.end_task_seconds = 0.0
+        self._require_gradients()
+        self._require_adapter()
+        self._require_logits()
+        self.add_callback(_Verbs(self))
+
+    def _require_gradients(self) -> None:
         if self.is_deepspeed_enabled:
             raise MethodError(
                 "keeptune cannot reach the gradients under DeepSpeed, which steps inside its own "
                 "backward. Use FSDP2 instead (`fsdp: true` in the trainer's settings)."
             )
-        self._require_adapter()
-        self._require_logits()
-        self.add_callback(_Verbs(self))
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise MethodError(
+                "keeptune cannot tell weights apart under FSDP1, which joins them into one. "
+                "Leave `version` out of `fsdp_config`: the default is FSDP2."
+            )
 
     def _require_adapter(self) -> None:
         found = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
@@ -106,7 +121,7 @@ class Seams(_Base):
             DataError: The rows are not tokenised.
             TrainingError: The loss is not a number.
         """
-        prepared: list[str] = self.train_dataset.column_names
+        prepared: list[str] = [c for c in self.train_dataset.column_names if c != OPTIONS]
         if missing := set(prepared) - set(dataset.column_names):
             raise DataError(
                 f"The rows of task {task!r} have no column {sorted(missing)[0]!r}. Give them as "
@@ -117,6 +132,7 @@ class Seams(_Base):
         seed = (self.args.seed + 7919 * index) % 2**32
         # Each task starts from its own random state, so that it does not matter what ran before.
         set_seed(seed)
+        self._shard()
         self.ctx = Context(
             model=self.accelerator.unwrap_model(self.model),
             task=task,
@@ -126,7 +142,8 @@ class Seams(_Base):
             seed=self.args.seed,
         )
         self.strategy.begin_task(self.ctx)
-        self.train_dataset = self.strategy.data(self.ctx, dataset)
+        self._cover_new_weights()
+        self.train_dataset = self.strategy.data(self.ctx, dataset.select_columns(prepared))
         if resume is True:
             resume = get_last_checkpoint(self.args.output_dir)
         if resume:
@@ -143,6 +160,31 @@ class Seams(_Base):
         self.tasks_learned = index + 1
         return output
 
+    def _shard(self) -> None:
+        # `train` would shard after `begin_task`, and methods would meet whole weights first and
+        # shards later. Sharding twice changes nothing.
+        if not self.is_fsdp_enabled or isinstance(next(self.model.parameters()), DTensor):
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # Accelerate shards no model without an optimizer; the real one is made by `train`.
+        self.model, _ = self.accelerator.prepare(self.model, torch.optim.SGD(trained))
+        self.model_wrapped = self.model
+        # It would put a second recomputation around the first, under other names, at each `train`.
+        self.accelerator.state.fsdp_plugin.activation_checkpointing = False
+
+    def _cover_new_weights(self) -> None:
+        assert self.ctx is not None
+        if not self.is_fsdp_enabled:
+            if any("structure" in m.traits for m in self.strategy):
+                # DDP knows only the weights that were there when it was made.
+                self.model_wrapped = self.model
+        elif not all(isinstance(p, DTensor) for p in self.ctx.trainable().values()):
+            raise MethodError(
+                f"The methods {self.strategy.name} add weights to a model that FSDP has sharded, "
+                "and their gradients would differ between processes. Train with DDP (leave `fsdp` "
+                "out), or remove the method that adds them."
+            )
+
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Learn `train_dataset` as the next task; `learn` names it and takes other rows."""
         task = f"task {self.tasks_learned + 1}"
@@ -157,9 +199,13 @@ class Seams(_Base):
     def save_methods(self) -> None:
         """Write the methods' state beside the trainer's own checkpoint."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", "keeptune")
-        if self.is_world_process_zero() and self.ctx is not None:
-            with new_folder(folder) as files:
+        if self.ctx is not None:
+            with self._folder_to_fill(folder) as files:
                 state.write_methods(files, self.strategy)
+
+    def _folder_to_fill(self, path: Path) -> AbstractContextManager[Path | None]:
+        """A new folder in the first process; None in the others, which help to gather."""
+        return new_folder(path) if self.is_world_process_zero() else nullcontext()
 
     # -- the verbs inside a step --------------------------------------------------------------
 
@@ -245,9 +291,16 @@ class _Verbs(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ctx is not None:
-            self.trainer.strategy.after_step(self.trainer.ctx)
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        ctx = self.trainer.ctx
+        # fp16 leaves out a step whose gradients overflowed.
+        if ctx is None or self.trainer.accelerator.optimizer_step_was_skipped:
+            return
+        # The scheduler moves after this call.
+        ctx.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.trainer.strategy.after_step(ctx)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.save_methods()

@@ -1,7 +1,9 @@
 """What must survive a killed process: weights, methods, optimizer, random numbers.
 
 All of it is safetensors and JSON; loading runs no code of the file. A state is a folder made by
-`disk.new_folder`: whole or absent, with a hash of each file.
+`disk.new_folder`: whole or absent, with a hash of each file. Files always hold whole tensors: where
+several processes share them (FSDP2), all must call the functions that write, in the same order, and
+all but one give None for the place, which is to help and write nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from keeptune.disk import write_atomic
 from keeptune.method import Chain, Context, State
@@ -33,11 +36,25 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
-def write_tensors(path: Path, tensors: Tensors) -> int:
-    """Write tensors to one safetensors file; returns their bytes."""
-    plain = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
-    save_file(plain, path)
+def write_tensors(path: Path | None, tensors: Tensors) -> int:
+    """Write tensors to one safetensors file; returns the bytes written."""
+    plain: Tensors = {}
+    for name, tensor in tensors.items():
+        # One at a time: a helping process must not hold the whole model.
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if path is not None:
+            plain[name] = full.detach().contiguous().cpu()
+    if path is not None:
+        save_file(plain, path)
     return sum(t.nbytes for t in plain.values())
+
+
+def _spread_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor, sharded as `example` is."""
+    if not isinstance(example, DTensor):
+        return tensor
+    mesh = example.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, example.placements)
 
 
 # -- weights --------------------------------------------------------------------------------------
@@ -68,6 +85,8 @@ def put_tensors(model: nn.Module, tensors: Tensors) -> None:
     Raises:
         KeyError: The structure differs.
     """
+    target = own_tensors(model)
+    tensors = {n: _spread_like(t, target.get(n, t)) for n, t in tensors.items()}
     if isinstance(model, peft.PeftModel):
         for adapter in model.peft_config:
             own = {
@@ -77,7 +96,6 @@ def put_tensors(model: nn.Module, tensors: Tensors) -> None:
             }
             peft.set_peft_model_state_dict(model, own, adapter_name=adapter)
         return
-    target = own_tensors(model)
     if missing := set(target) ^ set(tensors):
         raise KeyError(f"the saved weights and the model differ in {sorted(missing)[:3]}")
     for name, tensor in tensors.items():
@@ -87,11 +105,13 @@ def put_tensors(model: nn.Module, tensors: Tensors) -> None:
 # -- methods --------------------------------------------------------------------------------------
 
 
-def write_methods(folder: Path, chain: Chain) -> dict[str, int]:
-    """Write every method's state; returns bytes by method name."""
+def write_methods(folder: Path | None, chain: Chain) -> dict[str, int]:
+    """Write every method's state; returns the bytes written by method name."""
     sizes: dict[str, int] = {}
     for index, method in enumerate(chain):
         state = method.state()
+        if folder is None:
+            continue
         stem = f"method-{index}-{method.name()}"
         sizes[method.name()] = write_tensors(folder / f"{stem}.safetensors", state.tensors)
         # In the middle of a task the evidence so far is state too.
@@ -114,7 +134,7 @@ def read_methods(folder: Path, chain: Chain, ctx: Context) -> None:
 # -- the middle of a task -------------------------------------------------------------------------
 
 
-def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+def write_optimizer(folder: Path | None, optimizer: torch.optim.Optimizer) -> None:
     """Write an optimizer's state: its tensors and its numbers apart."""
     full = optimizer.state_dict()
     tensors: Tensors = {}
@@ -123,17 +143,21 @@ def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         for key, value in slots.items():
             kind: dict[str, Any] = tensors if isinstance(value, Tensor) else values
             kind[f"{index}/{key}"] = value
-    write_tensors(folder / "optimizer.safetensors", tensors)
-    write_json(folder / "optimizer.json", {"values": values, "groups": full["param_groups"]})
+    write_tensors(folder and folder / "optimizer.safetensors", tensors)
+    if folder is not None:
+        write_json(folder / "optimizer.json", {"values": values, "groups": full["param_groups"]})
 
 
 def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Take back what `write_optimizer` wrote."""
     kept = read_json(folder / "optimizer.json")
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for source in (load_file(folder / "optimizer.safetensors"), kept["values"]):
         for name, value in source.items():
             index, _, key = name.partition("/")
+            if isinstance(value, Tensor) and value.shape == weights[int(index)].shape:
+                value = _spread_like(value, weights[int(index)])
             state.setdefault(int(index), {})[key] = value
     # JSON has no tuples; torch's own groups say which values are.
     for group, own in zip(kept["groups"], optimizer.state_dict()["param_groups"], strict=True):

@@ -18,19 +18,22 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from keeptune.errors import DataError, suggest
+from keeptune.errors import DataError
 from keeptune.rows import (
     Messages,
     Row,
     Rows,
     Shape,
     answer,
+    answered,
     conversation,
     is_conversation,
+    label_id,
     question,
 )
 
 IGNORED = -100  # a label without loss, as everywhere in torch
+OPTIONS = "options"  # a column for methods, which no trainer sees
 Ids = list[int]
 
 
@@ -40,7 +43,8 @@ class Tokenised:
 
     Attributes:
         dataset: Columns input_ids and labels (a list as long, -100 where nothing is learned; for
-            Shape.LABEL the class as one number).
+            Shape.LABEL the class as one number). Where every row has choices also `options`: one
+            {input_ids, labels} for each choice of the row, as if it were the right one.
         truncated: Rows that were longer than the maximum and lost their beginning (text: end).
         tokens: Tokens in `dataset`.
         answer_tokens: Tokens in `dataset` that have a loss; 0 for Shape.LABEL.
@@ -70,6 +74,7 @@ def tokenise(
     """
     ids: list[Ids] = []
     targets: list[Ids | int] = []
+    chosen: list[list[dict[str, Ids]]] = []
     truncated = dropped = 0
     for row in rows.rows:
         full, mask = _encode_all(row, rows.shape, tokenizer)
@@ -80,10 +85,14 @@ def tokenise(
             continue
         ids.append(kept)
         targets.append(label_id(row["label"], labels) if rows.shape is Shape.LABEL else mask)
+        every = [encode(r, rows.shape, tokenizer, max_length) for r in answered(row, rows.shape)]
+        chosen.append([dict(zip(("input_ids", "labels"), pair, strict=True)) for pair in every])
     if not ids:
         raise DataError(f"no row of {rows.source} has a token to learn within {max_length} tokens.")
     return Tokenised(
-        Dataset.from_dict({"input_ids": ids, "labels": targets}),
+        Dataset.from_dict(
+            {"input_ids": ids, "labels": targets} | ({OPTIONS: chosen} if all(chosen) else {})
+        ),
         truncated=truncated,
         tokens=sum(map(len, ids)),
         answer_tokens=sum(learned(t) for t in targets if isinstance(t, list)),
@@ -140,22 +149,6 @@ def cut_left(ids: Ids, tokenizer: PreTrainedTokenizerBase, room: int) -> Ids:
         return ids
     bos = ids[:1] if room > 1 and ids[0] == tokenizer.bos_token_id else []
     return bos + ids[len(ids) - room + len(bos) :]
-
-
-def label_id(label: str | int, labels: Sequence[str]) -> int:
-    """The class id of a label: its place among the names, or a whole number as it is.
-
-    Raises:
-        DataError: No such class.
-    """
-    if label in labels:
-        return labels.index(str(label))
-    if isinstance(label, int) or label.isdecimal():
-        number = int(label)
-        if number >= 0 and (not labels or number < len(labels)):
-            return number
-    known = suggest(str(label), labels) if labels else "Give the names of the classes as labels."
-    raise DataError(f"unknown label {label!r}. {known}")
 
 
 def learned(labels: Ids) -> int:

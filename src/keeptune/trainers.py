@@ -20,7 +20,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from trl import SFTConfig, SFTTrainer
 
 from keeptune import state
-from keeptune.disk import new_folder
 from keeptune.errors import RecipeError
 from keeptune.method import Method
 from keeptune.seams import Seams
@@ -58,14 +57,15 @@ class Checkpoints(Seams):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.ctx is not None
-        if not self.is_world_process_zero():
-            return
         older = list(self.progress_root.glob("[0-9]*-[0-9]*"))
         name = f"{self.ctx.index:03d}-{self.state.global_step:09d}"
-        with new_folder(self.progress_root / name) as folder:
-            state.write_tensors(folder / "weights.safetensors", state.own_tensors(self.ctx.model))
+        with self._folder_to_fill(self.progress_root / name) as folder:
+            weights = state.own_tensors(self.ctx.model)
+            state.write_tensors(folder and folder / "weights.safetensors", weights)
             state.write_methods(folder, self.strategy)
             state.write_optimizer(folder, self.optimizer)
+            if folder is None:
+                return
             state.write_random(folder)
             state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
             if self.accelerator.scaler is not None:

@@ -21,9 +21,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
 
 
@@ -48,6 +50,18 @@ class LwF(Method):
     _teacher: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _teacher_of: int = PrivateAttr(-1)
     _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+
+    def begin_task(self, ctx: Context) -> None:
+        """Refuse sharded weights: FSDP would run the student in the teacher's place.
+
+        Raises:
+            MethodError: The weights are spread over processes.
+        """
+        if self.strength and any(isinstance(p, DTensor) for p in ctx.trainable().values()):
+            raise MethodError(
+                "The method 'lwf' cannot run the model with old weights while FSDP spreads them "
+                "over processes. Train with DDP (leave `fsdp` out), or remove the method."
+            )
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
         """The distillation term of one micro batch."""

@@ -1,0 +1,28 @@
+"""What the methods with a quadratic penalty share; each of them has its own file and card."""
+
+from keeptune.methods._anchor.path import PathIntegral, Travelled
+from keeptune.methods._anchor.penalty import (
+    ON,
+    STRENGTH,
+    Anchored,
+    Strength,
+    Weighted,
+    is_measured,
+    sum_of_squares,
+)
+from keeptune.methods._anchor.weights import Effective, Weights, blocks
+
+__all__ = [
+    "ON",
+    "STRENGTH",
+    "Anchored",
+    "Effective",
+    "PathIntegral",
+    "Strength",
+    "Travelled",
+    "Weighted",
+    "Weights",
+    "blocks",
+    "is_measured",
+    "sum_of_squares",
+]

@@ -1,0 +1,345 @@
+"""The quadratic penalty that the family shares: strength/2 · Σ Ω (w − a)².
+
+A method of the family says what a (the anchor) and Ω (the importance) are; all else is here: the
+pull on the gradients or the implicit step, the strength, what is kept and where, and the proof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, GetCoreSchemaHandler, PrivateAttr
+from pydantic_core import CoreSchema, core_schema
+from torch import Tensor
+
+from keeptune.method import Context, Method, State
+from keeptune.methods._anchor.kept import BLOCK, Kept, Place, Precision
+from keeptune.methods._anchor.shards import (
+    Spec,
+    local,
+    part,
+    spec_of,
+    sum_over_shards,
+    whole,
+)
+from keeptune.methods._anchor.weights import Effective, Weights, blocks
+
+# `strength: auto` is settled at the measured steps up to this one.
+LAST_TUNED = 32
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class NumberOrAuto:
+    """Validates a number of at least `ge`, or the word auto; an error speaks of one of them."""
+
+    ge: float = 0.0
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """The two, told apart by the value."""
+        number = core_schema.float_schema(ge=self.ge, allow_inf_nan=False)
+        word = core_schema.literal_schema(["auto"])
+        return core_schema.tagged_union_schema({"number": number, "word": word}, _kind)
+
+
+def _kind(value: Any) -> str:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return "word"
+    return "number"
+
+
+Strength = Annotated[float | Literal["auto"], NumberOrAuto()]
+ON = "under LoRA: hold the factors A and B, or the update ΔW = s·BA; else both are the weights"
+STRENGTH = "weight of the penalty, λ; auto: see `share`"
+
+
+def is_measured(step: int) -> bool:
+    """Whether evidence is measured at this step: powers of two, and every 64th."""
+    return step > 0 and (step & (step - 1) == 0 or step % 64 == 0)
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Σ v², which neither overflows nor vanishes: in float64 where there is one; on the CPU."""
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
+    return norm.square().cpu()
+
+
+class Anchored(Method):
+    """Holds weights back by a quadratic penalty; without importances, all alike.
+
+    A method of the family fills `_anchor` (and `_importance`), by the names of its weights.
+    """
+
+    strength: Strength = Field(1.0, description=STRENGTH)
+    share: float = Field(
+        1.0,
+        gt=0,
+        description="with strength auto: the pull's norm over the task gradient's, at first",
+    )
+    proximal: bool = Field(
+        False,
+        description="an implicit step after the optimizer's, instead of a term of the gradient",
+    )
+    place: Place = Field(
+        "device", description="where anchor and importance are kept: device, cpu, or a mapped file"
+    )
+
+    neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
+    proof: ClassVar[str] = "gradient_share"
+    traits: ClassVar[frozenset[str]] = frozenset({"anchor"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"structure", "restart"})
+
+    _anchor: dict[str, Kept] = PrivateAttr(default_factory=dict)
+    _importance: dict[str, Kept] = PrivateAttr(default_factory=dict)
+    _specs: dict[str, Spec | None] = PrivateAttr(default_factory=dict)
+    _tuned: float = PrivateAttr(0.0)
+
+    # -- what a method of the family may choose otherwise ----------------------------------------
+
+    def _weights(self, ctx: Context) -> Weights:
+        """What is held."""
+        return Weights(ctx)
+
+    def _acts_after_the_step(self) -> bool:
+        return self.proximal
+
+    def _move_back(self, weights: Weights, name: str, learning_rate: float) -> None:
+        """Move one value towards its anchor after the optimizer's step."""
+        for span in weights.spans(name):
+            anchor, importance = self._block(name, span, weights.owner(name).device)
+            rate = learning_rate * self._strength
+            weight = torch.full_like(anchor, rate) if importance is None else importance * rate
+            weights.step_back(name, span, anchor, weight)
+
+    # -- the verbs ---------------------------------------------------------------------------------
+
+    def begin_task(self, ctx: Context) -> None:
+        """An automatic strength is found anew in each task."""
+        self._tuned = 0.0
+        self._cut(self._weights(ctx))
+
+    @torch.no_grad()
+    def gradients(self, ctx: Context) -> None:
+        """Add strength · Ω (w − a) to each gradient."""
+        weights = self._weights(ctx)
+        if self.strength == 0 or not (held := self._held(weights)):
+            return
+        if is_measured(ctx.step):
+            self._measure(ctx, weights)
+        if self._acts_after_the_step():
+            return
+        strength = self._strength * ctx.grad_scale
+        # Looked up once: on adapters, look-ups cost more than the arithmetic.
+        anchors, importances = self._anchor, self._importance
+        for name in held:
+            room, value = weights.room(name), weights.value(name)
+            anchor, importance = anchors[name], importances.get(name)
+            for span in blocks(value):
+                apart = value[span] - anchor.block(span.start, span.stop, value.device)
+                if importance is None:
+                    room[span].add_(apart, alpha=strength)
+                else:
+                    weight = importance.block(span.start, span.stop, value.device).to(apart.dtype)
+                    room[span].addcmul_(weight, apart, value=strength)
+            weights.spread(name, room)
+
+    @torch.no_grad()
+    def after_step(self, ctx: Context) -> None:
+        """With `proximal`: w ← (w + c a) / (1 + c), c = learning rate · strength · Ω."""
+        weights = self._weights(ctx)
+        held = self._held(weights)
+        if not (held and self._acts_after_the_step() and self._strength):
+            return
+        measured, moved = is_measured(ctx.step), torch.zeros((), dtype=torch.float64)
+        for name in held:
+            touched = [local(p) for p in weights.owners(name)] if measured else []
+            before = [p.clone() for p in touched]
+            self._move_back(weights, name, ctx.learning_rate)
+            for new, old in zip(touched, before, strict=True):
+                moved += sum_of_squares((new - old).view(-1))
+        if measured and ctx.learning_rate:
+            (square,) = self._over_shards(weights, moved[None])
+            self._note_share(square**0.5 / ctx.learning_rate)
+
+    # -- the strength, and the proof --------------------------------------------------------------
+
+    @property
+    def _strength(self) -> float:
+        return self._tuned if self.strength == "auto" else float(self.strength)
+
+    def _measure(self, ctx: Context, weights: Weights) -> None:
+        """Measure the pull at strength 1; settle an automatic strength; leave evidence."""
+        squares = torch.zeros(3, dtype=torch.float64)
+        for name in self._held(weights):
+            value = weights.value(name)
+            unit = torch.empty_like(value)
+            for span in blocks(value):
+                anchor, importance = self._block(name, span, value.device)
+                apart = value[span] - anchor
+                unit[span] = apart if importance is None else apart * importance
+                squares[0] += (apart * unit[span]).sum().cpu()
+            for gradient, share in weights.parts(name, unit):
+                squares[1] += sum_of_squares(share)
+                squares[2] += sum_of_squares(gradient)
+        distance, pull, task = self._over_shards(weights, squares)
+        pull, task = pull**0.5, task**0.5 / ctx.grad_scale
+        if self.strength == "auto" and pull and ctx.step <= LAST_TUNED:
+            # The distance grows, so the first values are too large: the least of them holds.
+            self._tuned = min(self.share * task / pull, self._tuned or float("inf"))
+            self._evidence["strength"] = self._tuned
+        self._evidence["penalty"] = 0.5 * self._strength * distance
+        self._evidence["task_gradient"] = task
+        if not self._acts_after_the_step():
+            self._note_share(self._strength * pull)
+
+    def _note_share(self, pull: float) -> None:
+        """Keep the largest share of the pull in pull + task gradient, both as norms."""
+        total = pull + self._evidence["task_gradient"]
+        share = pull / total if total else 0.0
+        self._evidence["gradient_share"] = max(share, self._evidence.get("gradient_share", 0.0))
+
+    def _over_shards(self, weights: Weights, sums: Tensor) -> list[float]:
+        """Sums over this process's shards as sums over all; FSDP2 shards all weights alike."""
+        first = weights.owner(weights.names()[0])
+        total: list[float] = sum_over_shards(sums, first).tolist()
+        return total
+
+    # -- what is kept ------------------------------------------------------------------------------
+
+    def _held(self, weights: Weights) -> list[str]:
+        """The names of the weights that are trained now and have an anchor."""
+        return [name for name in weights.names() if name in self._anchor]
+
+    def _block(self, name: str, span: slice, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """A stretch of an anchor, and of an importance if there is one, in one type."""
+        anchor = self._anchor[name].block(span.start, span.stop, device)
+        if name not in self._importance:
+            return anchor, None
+        importance = self._importance[name].block(span.start, span.stop, device)
+        return anchor, importance.to(anchor.dtype)
+
+    def _keep_anchor(self, weights: Weights, name: str) -> None:
+        """Make the present value the anchor."""
+        self._keep(self._anchor, name, weights.shaped(name, weights.value(name)), "float32")
+
+    def _keep(
+        self, store: dict[str, Kept], name: str, tensor: Tensor, precision: Precision
+    ) -> None:
+        if name in store:
+            store[name].replace(tensor)
+        else:
+            store[name] = Kept(tensor, precision, self.place)
+
+    def _precision(self) -> Precision:
+        """How exactly importances are kept; anchors are always exact."""
+        return "float32"
+
+    def _stores(self) -> list[tuple[str, dict[str, Kept], Precision]]:
+        importance = ("importance", self._importance, self._precision())
+        return [("anchor", self._anchor, "float32"), importance]
+
+    def _cut(self, weights: Weights) -> None:
+        """Cut everything kept into shards as the weights are, which need not have been so then."""
+        self._specs = {name: spec_of(weights.owner(name)) for name in weights.names()}
+        for _, store, precision in self._stores():
+            for name in weights.parameters.keys() & store.keys():
+                kept, owner = store[name], weights.owner(name)
+                if self._specs[name] and kept.numel != local(owner).numel():
+                    full = kept.full(owner.device).view(owner.shape)
+                    store[name] = Kept(part(full, owner), precision, self.place)
+
+    def state(self) -> State:
+        """Anchors and importances, whole, and an automatic strength."""
+        tensors: dict[str, Tensor] = {}
+        for kind, store, _ in self._stores():
+            for name, kept in store.items():
+                spec = self._specs.get(name)
+                parts = {"": whole(kept.full(CPU), spec)} if spec else kept.tensors()
+                tensors |= {f"{kind}/{name}/{k}".rstrip("/"): t for k, t in parts.items()}
+        return State(tensors, {"strength": self._tuned})
+
+    def restore(self, ctx: Context, state: State) -> None:
+        """Take anchors, importances and the strength back."""
+        weights = self._weights(ctx)
+        self._tuned = state.values["strength"]
+        for kind, store, precision in self._stores():
+            store.clear()
+            found: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in state.tensors.items():
+                if key.startswith(f"{kind}/"):
+                    _, name, *rest = key.split("/")
+                    found.setdefault(name, {})["".join(rest)] = tensor
+            for name, parts in found.items():
+                device = weights.owner(name).device
+                if "" in parts:
+                    store[name] = Kept(parts[""].to(device), precision, self.place)
+                else:
+                    shape = weights.shape(name)
+                    store[name] = Kept.restored(parts, shape, precision, self.place, device)
+        self._cut(weights)
+
+    def declared_bytes(self, ctx: Context) -> int:
+        """The anchor in the weights' own precision, and the importance as `precision` says."""
+        weights = self._weights(ctx)
+        held = {name: weights.value(name) for name in weights.names() if name in self._anchor}
+        total = sum(value.nbytes for value in held.values())
+        for name in self._importance.keys() & held.keys():
+            n = held[name].numel()
+            each = {"float32": max(4, held[name].element_size()), "bfloat16": 2, "uint8": 1}
+            scales = 4 * -(-n // BLOCK) if self._precision() == "uint8" else 0
+            total += n * each[self._precision()] + scales
+        return total
+
+
+class Weighted(Anchored):
+    """Holds each weight by its importance."""
+
+    on: Literal["factors", "effective"] = Field("factors", description=ON)
+    precision: Precision = Field("float32", description="of the importances at rest")
+
+    def _weights(self, ctx: Context) -> Weights:
+        return Effective(ctx) if self.on == "effective" else Weights(ctx)
+
+    def _precision(self) -> Precision:
+        return self.precision
+
+    def _held(self, weights: Weights) -> list[str]:
+        """An anchor alone holds nothing: what has no importance yet is free."""
+        return [name for name in super()._held(weights) if name in self._importance]
+
+    def _keep_importance(self, name: str, importance: Tensor) -> None:
+        """Keep another importance, of the weight's shape."""
+        self._keep(self._importance, name, importance, self.precision)
+
+    def _importance_of(self, weights: Weights, name: str) -> Tensor:
+        """The present importance in floats, for writing; zeros before the first task's end."""
+        if name in self._importance:
+            return self._importance[name].full(weights.owner(name).device).clone()
+        value = weights.shaped(name, weights.value(name))
+        return torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+
+    def _mean(self, weights: Weights, importances: dict[str, Tensor]) -> float:
+        """The mean of all importances; 1 if all are 0, so that one can divide by it."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for importance in importances.values():
+            sums += torch.tensor([importance.sum(), importance.numel()], dtype=torch.float64)
+        total, count = self._over_shards(weights, sums)
+        return total / count if total else 1.0
+
+    def _show_importance(self, weights: Weights) -> None:
+        """Leave as evidence the sum of all importances and the bytes per weight at rest."""
+        total, kept, count = torch.zeros(1, dtype=torch.float64), 0, 0
+        for name in self._held(weights):
+            importance = self._importance[name]
+            total += importance.full(weights.owner(name).device).sum().cpu()
+            kept += self._anchor[name].nbytes + importance.nbytes
+            count += importance.numel
+        (self._evidence["importance_sum"],) = self._over_shards(weights, total)
+        self._evidence["bytes_per_weight"] = kept / max(count, 1)
