@@ -16,13 +16,14 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/codespell src docs benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell src docs benchmarks studies README.md CHANGELOG.md CONTRIBUTING.md
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/anchor.py
 
 # torch first and by its exact version: an open range would fetch gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml constraints.txt

@@ -15,11 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 import pico
-from keeptune import session
+from keeptune import session, yamltext
 from keeptune.checks import CHECKS, COMPARISONS
 from keeptune.cli import app
 from keeptune.models import Loaded
@@ -175,7 +174,7 @@ def run_commands(block: Block, names: dict[str, Any]) -> None:
 
 
 def load_yaml(block: Block, names: dict[str, Any]) -> None:
-    check_recipe(parse_recipe({**WHOLE, **yaml.safe_load(block.code)}))
+    check_recipe(parse_recipe({**WHOLE, **yamltext.read(block.code, "block").values()}))
 
 
 def read_lines(block: Block, names: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from keeptune.intervals import Estimate
 from keeptune.method import Method
+from keeptune.methods._anchor import Strength
 from keeptune.metrics import summarise
 from keeptune.terminal import change_text, method_settings, score_text, scores_table
 from runs import fabricate, info
@@ -66,13 +67,15 @@ class Odd(Method):
     c: int | None = Field(None, le=3)
     d: list[str] = Field(default_factory=list, min_length=1)
     e: bool = False
+    f: Strength = "auto"
 
 
 def test_settings_of_every_kind() -> None:
     assert method_settings(Odd) == [
         ("a", "must be given", "number, > 0, < 1", "must be there"),
-        ("b", "'x'", "one of 'x', 'y'", ""),
-        ("c", "None", "whole number or nothing, ≤ 3", ""),
-        ("d", "[]", "list[str], length ≥ 1", ""),
-        ("e", "False", "true or false", ""),
+        ("b", "x", "one of x, y", ""),
+        ("c", "null", "whole number or nothing, ≤ 3", ""),
+        ("d", "[]", "list of text, length ≥ 1", ""),
+        ("e", "false", "true or false", ""),
+        ("f", "auto", "number or auto, ≥ 0.0", ""),
     ]

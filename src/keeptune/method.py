@@ -50,6 +50,7 @@ class Context:
         seed: The run's seed.
         step: Optimizer steps done in this task.
         grad_scale: What gradients are multiplied by until they are clipped (fp16); else 1.
+        may_overflow: Whether a step is left out when gradients are not finite (fp16).
         answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
         learning_rate: Of the step that was just taken; set for `after_step`.
     """
@@ -62,6 +63,7 @@ class Context:
     seed: int = 0
     step: int = 0
     grad_scale: float = 1.0
+    may_overflow: bool = False
     answers_in_step: Tensor | float = 1.0
     learning_rate: float = 0.0
 
@@ -117,8 +119,6 @@ class Method(BaseModel):
         proof: The evidence that is above 0 when the method was active.
         active_from: The first task (from 0) on which it must have been active.
         needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`).
-        reads_the_step: Whether its `gradients` and `after_step` run before those of the others,
-            because it looks at the task's own gradient and the optimizer's own step.
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
         excludes: Traits that another method in the strategy must not have.
@@ -130,7 +130,6 @@ class Method(BaseModel):
     proof: ClassVar[str] = ""
     active_from: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
-    reads_the_step: ClassVar[bool] = False
     traits: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
 
@@ -154,6 +153,13 @@ class Method(BaseModel):
     def is_neutral(self) -> bool:
         """Whether the settings make this method equal to plain fine-tuning."""
         return bool(self.neutral) and all(getattr(self, k) == v for k, v in self.neutral.items())
+
+    def reads_the_step(self, ctx: Context) -> bool:
+        """Whether its `gradients` and `after_step` must run before those of the others.
+
+        For a method that looks at the task's own gradient and the optimizer's own step.
+        """
+        return False
 
     # -- the seven verbs ----------------------------------------------------------------------
 
@@ -284,16 +290,16 @@ class Chain:
 
     def gradients(self, ctx: Context) -> None:
         """Let every method edit the gradients, those that only look first."""
-        for method in self._lookers_first():
+        for method in self._lookers_first(ctx):
             method.gradients(ctx)
 
     def after_step(self, ctx: Context) -> None:
         """Let every method edit the weights, those that only look first."""
-        for method in self._lookers_first():
+        for method in self._lookers_first(ctx):
             method.after_step(ctx)
 
-    def _lookers_first(self) -> list[Method]:
-        return sorted(self.methods, key=lambda method: not method.reads_the_step)
+    def _lookers_first(self, ctx: Context) -> list[Method]:
+        return sorted(self.methods, key=lambda method: not method.reads_the_step(ctx))
 
     def end_task(self, ctx: Context) -> None:
         """Let every method learn from the task."""

@@ -272,6 +272,7 @@ class Seams(_Base):
             scaler = self.accelerator.scaler
             self.ctx.step = self.state.global_step
             self.ctx.grad_scale = 1.0 if scaler is None else scaler.get_scale()
+            self.ctx.may_overflow = scaler is not None
             self.strategy.gradients(self.ctx)
         return loss
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,7 +64,7 @@ def method_settings(cls: type[Method]) -> list[tuple[str, str, str, str]]:
         default = (
             "must be given"
             if field.is_required()
-            else repr(field.get_default(call_default_factory=True))
+            else _in_yaml(field.get_default(call_default_factory=True))
         )
         rows.append((name, default, allowed, field.description or ""))
     return rows
@@ -162,15 +164,22 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def _in_yaml(value: Any) -> str:
+    """A default as one writes it in a recipe."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _type_name(annotation: Any) -> str:
-    """A type in plain words: `whole number`, `one of 'a', 'b'`."""
+    """A type in plain words: `whole number`, `one of a, b`."""
     words = {float: "number", int: "whole number", bool: "true or false", str: "text"}
     if annotation in words:
         return words[annotation]
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
-        return "one of " + ", ".join(map(repr, parts))
-    if type(None) in parts:
+    parts, origin = typing.get_args(annotation), typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(parts)
+    if origin in (typing.Union, types.UnionType):
         rest = [_type_name(part) for part in parts if part is not type(None)]
-        return " or ".join([*rest, "nothing"])
+        return " or ".join(rest + ["nothing"] * (type(None) in parts))
+    if origin in (list, tuple):
+        return f"list of {_type_name(parts[0])}"
     return str(annotation).replace("typing.", "")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from keeptune.errors import MethodError
 from keeptune.method import Context, State
 from keeptune.methods._anchor.penalty import Anchored, Weighted, is_measured, sum_of_squares
-from pencil import Softmax, context
+from keeptune.methods.ewc import EWC
+from pencil import Softmax, context, examples
 
 
 class Held(Weighted):
@@ -294,7 +295,7 @@ def net(dtype: torch.dtype) -> nn.Module:
 
 def taken(model: nn.Module, **settings: Any) -> Held:
     g = torch.Generator().manual_seed(1)
-    method = Held(**settings)
+    method = Held(**{"strength": 1.0} | settings)
     method.take(
         context(model),
         {n: torch.rand(p.shape, generator=g) + 0.5 for n, p in model.named_parameters()},
@@ -349,7 +350,7 @@ def test_coarser_importances_pull_nearly_alike(precision: str, error: float, pla
     pulls = []
     for settings in ({}, {"precision": precision, "place": place}):
         model = net(torch.float32)
-        method = taken(model, **settings)
+        method = taken(model, strength=1.0, **settings)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1.0)
@@ -395,3 +396,65 @@ def test_without_importances_all_weights_are_held_alike() -> None:
     )
     method.after_step(context(model, learning_rate=0.1))
     torch.testing.assert_close(model.weight.detach(), tensor(1.5, 3.0)[None])
+
+
+@pytest.mark.parametrize("proximal", [False, True])
+def test_a_step_that_overflowed_in_fp16_settles_no_strength(proximal: bool) -> None:
+    model = Softmax([[2.0]])
+    method = held(tensor(1.0), tensor(3.0), strength="auto", share=0.1, proximal=proximal)
+    model.weight.grad = tensor(float("inf"))[None]
+    method.gradients(context(model, step=1, grad_scale=65536.0))
+    assert method.evidence() == {}
+    pulled(method, model, 2, 60.0)
+    assert method.evidence()["strength"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_overflow_in_fp16_does_not_touch_the_automatic_strength(bad: float) -> None:
+    model = Softmax([[2.0]])
+    method = held(tensor(1.0), tensor(3.0), strength="auto", share=0.1)
+    for step, own in ((1, 60.0), (2, bad), (3, 60.0)):
+        model.weight.grad = tensor(own)[None]
+        method.gradients(context(model, step=step, grad_scale=2.0))
+    assert gradient_of(model)[0] == pytest.approx(60 + 6)
+    assert method.evidence()["gradient_share"] == pytest.approx(1 / 11)
+
+
+def test_the_implicit_step_overflows_at_no_strength() -> None:
+    model = Softmax([[2.0, 2.0]]).float()
+    method = Held(strength=1e300, proximal=True)
+    one = torch.tensor([[1.0, 1.0]])
+    method.restore(
+        context(model),
+        State(
+            {"anchor/weight": one, "importance/weight": torch.tensor([[3.0, 0.0]])},
+            {"strength": 0.0},
+        ),
+    )
+    method.after_step(context(model, learning_rate=0.1))
+    assert model.weight.tolist() == [[1.0, 2.0]]
+
+
+def test_a_state_may_hold_weights_that_are_frozen_or_gone() -> None:
+    model, method, again = Softmax([[0.0, 0.0]]), EWC(precision="uint8"), EWC(precision="uint8")
+    model.other = nn.Parameter(torch.zeros(1))
+    method.end_task(context(model, examples((0, 0))))
+    model.other.requires_grad_(False)
+    again.restore(context(model), method.state())
+    assert again.state().tensors.keys() == method.state().tensors.keys()
+
+
+def test_weights_that_lie_otherwise_in_memory_are_refused() -> None:
+    model, method = Softmax([[0.0] * 3] * 2), Held()
+    model.weight = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64).T)
+    with pytest.raises(MethodError, match="weight is not contiguous in memory"):
+        method.take(context(model), {"weight": torch.ones(2, 3)})
+
+
+def test_looking_gives_no_weight_a_gradient() -> None:
+    model, method = Softmax([[2.0]]), EWC(proximal=True)
+    model.unused = nn.Parameter(tensor(1.0))
+    method.end_task(context(model))
+    model.weight.grad = tensor(1.0)[None]
+    method.gradients(context(model, step=1))
+    assert model.unused.grad is None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def same_seed_same_weights(subject: Subject, *, lora: bool) -> None:
 
 def accumulation_is_invisible(subject: Subject, *, lora: bool) -> None:
     """4: one batch or four micro batches are the same, measured against the method's effect."""
-    plain = stage.run(lora=lora, dropout=0)
-    whole, cut = (stage.run((subject,), lora=lora, cut=cut, dropout=0) for cut in (1, 4))
+    steady = {"lora": True, "dropout": 0} if lora else {"lora": False}
+    plain, whole = stage.run(**steady), stage.run((subject,), **steady)
+    cut = stage.run((subject,), cut=4, **steady)
     effect = stage.distance(whole, plain)
     if is_floor(subject):
         effect = float(whole.logits.norm())
@@ -186,12 +188,22 @@ def settings_are_bounded(cls: type[Method]) -> None:
     """10: every setting is described and bounded, and each bound's error says all it must."""
     for name, setting in cls.model_fields.items():
         assert setting.description, f"{name} has no description"
-        is_number = any(kind in str(setting.annotation) for kind in ("int", "float"))
+        is_number = any(kind in (int, float) for kind in _kinds(setting.annotation))
         bounds = [bad for rule in setting.metadata for bad in _beyond(rule)]
         assert bounds or not is_number, f"{name} has no bound"
         numbers = [(math.inf, "finite"), (math.nan, "")] if is_number else []
         for bad, allowed in [*bounds, *numbers]:
             _refused(cls, name, bad, allowed)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of; the values of a literal are none."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    elif get_origin(annotation) is not Literal:
+        for one in inner:
+            yield from _kinds(one)
 
 
 def _beyond(rule: Any) -> list[tuple[Any, str]]:

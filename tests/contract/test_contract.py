@@ -1,15 +1,19 @@
-"""Every registered method against every clause."""
+"""Every registered method against every clause, and other forms of it against those that run it."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import anchors
 import clauses
 from keeptune import registry
 from keeptune.method import Method
+from keeptune.methods._anchor import Anchored, Travelled
+from keeptune.methods.ewc import EWC
 from partners import PARTNERS
 from stage import Subject
 
@@ -20,7 +24,32 @@ CASES = [
     for lora in (False, True)
     if lora or not clauses.wants_adapter(subject)
 ]
+
+
+def variant(name: str, *, lora: bool = False, **settings: Any) -> Any:
+    """A method at other settings, which take other ways through its code."""
+    shown = " ".join(f"{key} {value}" for key, value in settings.items())
+    subject = Subject(registry.get(name), tuple(settings.items()))
+    return pytest.param(subject, lora, id=f"{name}-{'lora' if lora else 'full'}-{shown}")
+
+
+VARIANTS = [
+    variant("ewc", form="online"),
+    variant("ewc", proximal=True),
+    variant("ewc", precision="uint8", place="disk"),
+    variant("ewc", lora=True, on="effective"),
+    variant("ewc", strength=100.0),
+    variant("ewc", fisher="signs"),
+    variant("si", lora=True, on="effective"),
+    variant("si", proximal=True),
+    variant("mas", top_k=3),
+    variant("l2sp", decoupled=True),
+    variant("l2sp", proximal=True),
+    variant("l2sp", to="base"),
+    variant("hierarchical", lora=True, on="factors"),
+]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
+each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)
 each_method = pytest.mark.parametrize("name", registry.names())
 
 
@@ -29,27 +58,27 @@ def test_1_neutral_is_plain(subject: Subject, lora: bool) -> None:
     clauses.neutral_is_plain(subject, lora=lora)
 
 
-@each_case
+@each_form
 def test_2_default_changes_something(subject: Subject, lora: bool) -> None:
     clauses.default_changes_something(subject, lora=lora)
 
 
-@each_case
+@each_form
 def test_3_same_seed_same_weights(subject: Subject, lora: bool) -> None:
     clauses.same_seed_same_weights(subject, lora=lora)
 
 
-@each_case
+@each_form
 def test_4_accumulation_is_invisible(subject: Subject, lora: bool) -> None:
     clauses.accumulation_is_invisible(subject, lora=lora)
 
 
-@each_case
+@each_form
 def test_5_goes_on_after_a_task(subject: Subject, lora: bool, tmp_path: Path) -> None:
     clauses.goes_on_after_a_task(subject, tmp_path, lora=lora)
 
 
-@each_case
+@each_form
 def test_5_goes_on_inside_a_task(subject: Subject, lora: bool, tmp_path: Path) -> None:
     clauses.goes_on_inside_a_task(subject, tmp_path, lora=lora)
 
@@ -71,12 +100,12 @@ def test_7_trains_adapters_and_all_weights(name: str) -> None:
     clauses.trains_adapters_and_all_weights(Subject(registry.get(name)))
 
 
-@each_case
+@each_form
 def test_8_leaves_all_as_found(subject: Subject, lora: bool) -> None:
     clauses.leaves_all_as_found(subject, lora=lora)
 
 
-@each_case
+@each_form
 def test_9_declares_its_memory(subject: Subject, lora: bool) -> None:
     clauses.declares_its_memory(subject, lora=lora)
 
@@ -91,7 +120,7 @@ def test_10_settings_are_bounded(name: str) -> None:
     clauses.settings_are_bounded(registry.get(name))
 
 
-@each_case
+@each_form
 def test_11_gives_evidence(subject: Subject, lora: bool, tmp_path: Path) -> None:
     clauses.gives_evidence(subject, tmp_path, lora=lora)
 
@@ -99,3 +128,27 @@ def test_11_gives_evidence(subject: Subject, lora: bool, tmp_path: Path) -> None
 @each_method
 def test_12_is_published(name: str) -> None:
     clauses.is_published(registry.get(name))
+
+
+# -- methods with a quadratic penalty -------------------------------------------------------------
+
+HOLDING = [s.cls for s in SUBJECTS if issubclass(s.cls, Anchored)]
+
+
+@pytest.mark.parametrize("cls", HOLDING)
+def test_anchors_pull_by_their_formula(cls: type[Anchored]) -> None:
+    anchors.pulls_by_its_formula(cls)
+
+
+@pytest.mark.parametrize("cls", HOLDING)
+def test_anchors_step_back_by_their_formula(cls: type[Anchored]) -> None:
+    anchors.steps_back_by_its_formula(cls)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in HOLDING if issubclass(cls, Travelled)])
+def test_anchors_follow_the_tasks_own_gradient(cls: type[Anchored]) -> None:
+    anchors.follows_the_tasks_own_gradient(cls)
+
+
+def test_anchors_square_each_example() -> None:
+    anchors.squares_each_example(EWC)

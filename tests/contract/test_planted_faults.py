@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -18,14 +18,17 @@ from datasets import Dataset, concatenate_datasets
 from pydantic import ConfigDict, Field, PrivateAttr
 from torch import Tensor
 
+import anchors
 import clauses
 import stage
 from keeptune import registry
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Chain, Context, Method, State
-from keeptune.methods.ewc import EWC
+from keeptune.methods._anchor import Anchored, PathIntegral, Weights
+from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.lwf import LwF, softened_kl
 from keeptune.methods.replay import Replay
+from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.methods.wise import WiSE
 from keeptune.seams import Seams
@@ -100,6 +103,14 @@ class Sleeps(EWC):
     strength: float = Field(1e-9, ge=0, description="weight of the penalty")
 
 
+class Follows(EWC):
+    """Its anchor is the weights themselves, so that its penalty is always 0."""
+
+    def _keep_anchor(self, weights: Weights, name: str) -> None:
+        super()._keep_anchor(weights, name)
+        self._anchor[name]._parts = {"": weights.owner(name).data.view(-1)}
+
+
 class StartsOff(EWC):
     """Its default is off."""
 
@@ -107,7 +118,12 @@ class StartsOff(EWC):
 
 
 @pytest.mark.parametrize(
-    ("cls", "words"), [(Sleeps, "changes the answers by"), (StartsOff, "neutral at its default")]
+    ("cls", "words"),
+    [
+        (Sleeps, "changes the answers by"),
+        (Follows, "changes the answers by"),
+        (StartsOff, "neutral at its default"),
+    ],
 )
 def test_2_default_changes_nothing(cls: type[Method], words: str) -> None:
     caught(clauses.default_changes_something, cls, words)
@@ -157,12 +173,19 @@ class PerMicroBatch(LwF):
 class PenaltyInLoss(EWC):
     """Pays its penalty in `loss`: once for each micro batch."""
 
+    strength: float = Field(100.0, ge=0, description="weight of the penalty")
+
     def gradients(self, ctx: Context) -> None:
         pass
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
         pairs = ((p, n) for n, p in ctx.trainable().items() if n in self._anchor)
-        terms = [(self._fisher[n] * (p - self._anchor[n]).square()).sum() for p, n in pairs]
+        terms = [
+            (
+                self._importance[n].full(p.device) * (p - self._anchor[n].full(p.device)).square()
+            ).sum()
+            for p, n in pairs
+        ]
         return 0.5 * self.strength * torch.stack(terms).sum() if terms else None
 
 
@@ -175,20 +198,31 @@ def test_4_accumulation_shows(cls: type[Method]) -> None:
 
 
 class Forgets(EWC):
-    """Saves nothing."""
+    """Saves nothing but numbers."""
 
     def state(self) -> State:
-        return State()
+        return State(values=super().state().values)
 
 
 class Coarse(EWC):
     """Saves half of the digits."""
 
     def state(self) -> State:
-        return State({n: t.half() for n, t in super().state().tensors.items()})
+        kept = super().state()
+        return State({n: t.half() for n, t in kept.tensors.items()}, kept.values)
 
     def restore(self, ctx: Context, state: State) -> None:
-        super().restore(ctx, State({n: t.float() for n, t in state.tensors.items()}))
+        exact = {n: t.float() for n, t in state.tensors.items()}
+        super().restore(ctx, State(exact, state.values))
+
+
+class LosesImportance(SI):
+    """Saves where the weights were, and not what they matter."""
+
+    def state(self) -> State:
+        kept = super().state()
+        named = {n: t for n, t in kept.tensors.items() if not n.startswith("importance/")}
+        return State(named, kept.values)
 
 
 class Stream(Partner):
@@ -208,7 +242,7 @@ class Swaps(EWC):
 
     def restore(self, ctx: Context, state: State) -> None:
         super().restore(ctx, state)
-        self._anchor, self._fisher = self._fisher, self._anchor
+        self._anchor, self._importance = self._importance, self._anchor
 
 
 @pytest.mark.parametrize(
@@ -216,6 +250,7 @@ class Swaps(EWC):
     [
         (Forgets, "another end"),
         (Coarse, "another end"),
+        (LosesImportance, "another end|not the same after loading"),
         (Stream, "another end"),
         (Swaps, "not the same after loading"),
     ],
@@ -239,6 +274,15 @@ class LosesBefore(WiSE):
             weight.mul_(0.9)
 
 
+class LosesPath(SI):
+    """Saves no path, which begins anew in the middle of the task."""
+
+    def state(self) -> State:
+        kept = super().state()
+        named = {n: t for n, t in kept.tensors.items() if not n.startswith("path/")}
+        return State(named, kept.values)
+
+
 class LosesCount(Partner):
     """Its evidence counts the steps, and the count is not saved."""
 
@@ -257,7 +301,12 @@ class LosesCount(Partner):
 
 @pytest.mark.parametrize(
     ("cls", "words"),
-    [(LosesTeacher, "another end"), (LosesBefore, "another end"), (LosesCount, "other evidence")],
+    [
+        (LosesTeacher, "another end"),
+        (LosesBefore, "another end"),
+        (LosesPath, "other evidence"),
+        (LosesCount, "other evidence"),
+    ],
 )
 def test_5_does_not_go_on_inside_a_task(cls: type[Method], words: str, tmp_path: Path) -> None:
     caught(clauses.goes_on_inside_a_task, cls, words, tmp_path)
@@ -507,13 +556,16 @@ def card_of(name: str) -> str:
     return str(sys.modules[registry.get(name).__module__].__doc__)
 
 
+CHANGES = "Changes: gradients or after_step, end_task"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ("Equation:", "Formula:", r"the card lacks \['Equation'\]"),
-        ("Changes: gradients, end_task", "Changes:", r"the card lacks \['Changes'\]"),
-        ("Changes: gradients, end_task", "Changes: loss, end_task", r"claims \['loss'\]"),
-        ("Changes: gradients, end_task", "Changes: nothing", "the card claims nothing"),
+        (CHANGES, "Changes:", r"the card lacks \['Changes'\]"),
+        (CHANGES, "Changes: loss, end_task", r"claims \['loss'\]"),
+        (CHANGES, "Changes: nothing", "the card claims nothing"),
         ("earlier tasks.", "earlier tasks", "has no title"),
     ],
 )
@@ -533,6 +585,15 @@ class Undescribed(Method):
 
 class Unbounded(Method):
     strength: float = Field(1.0, description="weight")
+
+
+class UnboundedAtTimes(Method):
+    """A number that may be left out has no bound; a literal and a switch need none."""
+
+    precision: Literal["float32", "int8"] = Field("float32", description="how exact")
+    times: Literal[1, 2] = Field(1, description="how often")
+    fast: bool = Field(True, description="how fast")
+    strength: int | None = Field(None, description="weight")
 
 
 class Endless(Method):
@@ -566,6 +627,7 @@ class Lenient(Method):
     [
         (Undescribed, "strength has no description"),
         (Unbounded, "strength has no bound"),
+        (UnboundedAtTimes, "strength has no bound"),
         (Endless, "strength=inf is not refused"),
         (Curt, "'got -1' is not in the error"),
         (Lenient, "strength=-1 is not refused"),
@@ -684,3 +746,100 @@ def test_12_not_exported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clauses, "keeptune", ModuleType("keeptune"))
     with pytest.raises(AssertionError, match="does not export EWC"):
         clauses.is_published(EWC, tree)
+
+
+# -- methods with a quadratic penalty -------------------------------------------------------------
+
+
+class Twice(EWC):
+    """Pulls by strength · 2 Ω d, as for a penalty without the half."""
+
+    @torch.no_grad()
+    def gradients(self, ctx: Context) -> None:
+        super().gradients(ctx)
+        super().gradients(ctx)
+
+
+class Drifts(SI):
+    """Its anchor follows the weights from step to step."""
+
+    def gradients(self, ctx: Context) -> None:
+        weights = self._weights(ctx)
+        for name in weights.names():
+            self._keep_anchor(weights, name)
+        super().gradients(ctx)
+
+
+@pytest.mark.parametrize("cls", [Twice, Drifts, Follows])
+def test_an_anchor_pulls_otherwise(cls: type[Anchored]) -> None:
+    with pytest.raises(AssertionError, match="pulls by"):
+        anchors.pulls_by_its_formula(cls)
+
+
+class NoRate(EWC):
+    """Steps back as far at any learning rate."""
+
+    def _move_back(self, weights: Weights, name: str, learning_rate: float) -> None:
+        super()._move_back(weights, name, 1.0)
+
+
+class Explicit(EWC):
+    """Takes the penalty's gradient at the old place, which is stable for small strengths only."""
+
+    def _move_back(self, weights: Weights, name: str, learning_rate: float) -> None:
+        value = weights.value(name)
+        for span in weights.spans(name):
+            anchor, importance = self._block(name, span, value.device)
+            assert importance is not None
+            value[span] -= learning_rate * self._strength * importance * (value[span] - anchor)
+
+
+@pytest.mark.parametrize("cls", [NoRate, Explicit])
+def test_an_implicit_step_is_another(cls: type[Anchored]) -> None:
+    with pytest.raises(AssertionError, match="it steps to"):
+        anchors.steps_back_by_its_formula(cls)
+
+
+class LooksLate(SI):
+    """Waits for its turn in the list, when others have edited the gradient."""
+
+    reads_the_step: ClassVar[bool] = False
+
+
+class Penalised(SI):
+    """Adds its own pull before it looks at the gradient."""
+
+    @torch.no_grad()
+    def gradients(self, ctx: Context) -> None:
+        Anchored.gradients(self, ctx)
+        self._path.before(ctx, self._weights(ctx), self._anchor, {}, 0.0)
+
+
+class OneStepLate(PathIntegral):
+    """Looks at where the weights were before the step, and so adds nothing."""
+
+    def after(self, *_: Any) -> None:
+        self._gradient.clear()
+
+
+class SeesNoStep(SI):
+    """Its path has the gradients and not the steps."""
+
+    _path: PathIntegral = PrivateAttr(default_factory=OneStepLate)
+
+
+@pytest.mark.parametrize("cls", [LooksLate, Penalised, SeesNoStep])
+def test_a_path_is_another(cls: type[Anchored]) -> None:
+    with pytest.raises(AssertionError, match="its path in task"):
+        anchors.follows_the_tasks_own_gradient(cls)
+
+
+class OfTheMean(EWC):
+    """Squares the mean gradient of a batch, in which opposite examples cancel."""
+
+    fisher: Estimator = Field("batched", description="how the Fisher is estimated")
+
+
+def test_a_fisher_squares_the_mean() -> None:
+    with pytest.raises(AssertionError, match="F is"):
+        anchors.squares_each_example(OfTheMean)

@@ -7,8 +7,9 @@ Equation: L(w) + strength/2 Σ_k Σ_i F_ki (w_i − w*_ki)²; F_ki = mean over t
     (∂ log p(answer | prompt) / ∂w_i)² at w*_k. Online: L(w) + strength/2 Σ_i F_i (w_i − w*_i)²
     with w* the weights at the last task's end and F ← decay · F + F_k
 Changes: gradients or after_step, end_task
-Cost: 2 floats per trained weight for any number of tasks (5/4 with precision uint8); about one
-    forward and backward per example, for at most `examples` examples, when a task ends.
+Cost: 2 floats per trained weight (on: effective: per adapted weight) for any number of tasks, 5/4
+    with precision uint8; about one forward and backward per example, for at most `examples`
+    examples, when a task ends.
 Use when: old data must not be stored, tasks are related, and one model must serve all of them.
 Not when: old rows may be kept (replay keeps more), classes of different tasks must be told apart,
     or the knowledge to keep is the base model's own, for which there is no task to take a Fisher
@@ -17,7 +18,10 @@ Not when: old rows may be kept (replay keeps more), classes of different tasks m
 Differs from the paper: the sum of all tasks' quadratic terms is kept as one exactly equal term
     (F = Σ F_k, w* = Σ F_k w*_k / F). For a language model the per-example gradient is that of the
     summed log-probability of the answer's tokens, one example at a time. The penalty is inside
-    gradient clipping. Progress & Compress does not say how it normalises F_k: here to a mean of 1.
+    gradient clipping. Progress & Compress multiplies F by decay in the penalty too, and does not
+    say how it normalises F_k: here to a mean of 1. From the third task on the separate form counts
+    old tasks more than once (Huszár 2018, https://arxiv.org/abs/1712.03847); online with decay 1
+    and normalise false does not.
 Status: contract tested
 """
 
@@ -27,16 +31,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from keeptune.errors import MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor import STRENGTH, Strength, Weighted, Weights
+from keeptune.methods._anchor import Weighted, Weights
 from keeptune.methods._anchor.examples import (
     OPTIONS,
     batched_sums,
     choice_sums,
     example_sums,
+    require_answers,
     sign_sums,
 )
 from keeptune.methods._anchor.objectives import all_labels, log_likelihood, sampled
@@ -99,7 +105,6 @@ def consolidate(anchor: Tensor, total: Tensor, weight: Tensor, fisher: Tensor) -
 class EWC(Weighted):
     """A quadratic pull towards the weights after earlier tasks, by importance."""
 
-    strength: Strength = Field(100.0, description=STRENGTH)
     fisher: Estimator = Field("empirical", description="how the Fisher is estimated, see the card")
     examples: int = Field(256, ge=1, description="rows per task for the Fisher, at most")
     form: Literal["separate", "online"] = Field(
@@ -109,6 +114,21 @@ class EWC(Weighted):
     normalise: bool | None = Field(
         None, description="scale each F_k to a mean of 1; default: only in the online form"
     )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> EWC:
+        if self.decay != 1 and self.form == "separate":
+            raise MethodError(
+                f"EWC.decay: the separate form keeps every task's term whole, got {self.decay}. "
+                "Set `form: online`, or leave decay out."
+            )
+        return self
+
+    def begin_task(self, ctx: Context) -> None:
+        """Refuse what `end_task` could not do, before the task is trained."""
+        super().begin_task(ctx)
+        if self.strength != 0:
+            require_answers(ctx, every=self.fisher == "exact")
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
@@ -126,7 +146,9 @@ class EWC(Weighted):
         for name in weights.names():
             self._fold(weights, name, fisher.pop(name))
         self._evidence |= {"fisher_rows": len(rows), "fisher_by": how}
-        self._evidence |= {"extra_forward_rows": len(rows), "extra_backward_rows": len(rows)}
+        self._evidence["extra_forward_rows"] = len(rows)
+        if self.fisher != "exact":  # which goes backward once for every answer there is
+            self._evidence["extra_backward_rows"] = len(rows)
         self._show_importance(weights)
 
     def _fold(self, weights: Weights, name: str, fisher: Tensor) -> None:

@@ -8,13 +8,15 @@ Equation: L(w) + strength/2 Σ_l α_l Σ_i Ω_li (w_li − w*_li)²; Ω_li = max
 Changes: begin_task, gradients, after_step, end_task
 Cost: 3 floats per held weight while the general task is learned (anchor, path, a copy of the
     gradient between backward and step), 2 after it; no extra forward or backward pass. Under LoRA
-    a float is held for each weight of the adapted matrices, not of the factors.
+    a float is held for each weight of the adapted matrices, not of the factors, and each batch of
+    the general task costs one more product for each of these matrices.
 Use when: general data are to be had, and general ability must outlive the tasks after it.
 Not when: there are no such data, or each new task must be kept as well (si adds up all tasks).
 Differs from the paper: the general data are the first task of the stream, since a model learns
     them like any other; all later tasks are held. Softmax of the bare norms gives one layer
-    everything, so they are divided by their mean; the evidence shows the largest α. The path is
-    that of the real optimizer, not of SGD. strength/2, so the paper's λ is strength / 2.
+    everything, so they are divided by their mean; the evidence shows the largest α. Every weight
+    tensor counts as a layer. The sum of α is 1, so a number as strength weakens with their count.
+    The path is that of the real optimizer, not of SGD. The paper's λ is strength / 2.
 Status: contract tested
 """
 
@@ -29,8 +31,6 @@ from torch import Tensor
 from keeptune.method import Context
 from keeptune.methods._anchor import (
     ON,
-    STRENGTH,
-    Strength,
     Travelled,
     Weights,
     sum_of_squares,
@@ -57,7 +57,6 @@ def layer_weights(norms: Tensor, temperature: float) -> Tensor:
 class Hierarchical(Travelled):
     """A quadratic pull towards the weights after the general task, by weight and by layer."""
 
-    strength: Strength = Field(1.0, description=STRENGTH)
     on: Literal["factors", "effective"] = Field("effective", description=ON)
     temperature: float = Field(1.0, gt=0, description="of the softmax over layers")
 
@@ -67,7 +66,7 @@ class Hierarchical(Travelled):
     def _add_importances(self, weights: Weights, importances: dict[str, Tensor]) -> None:
         """Weigh each layer."""
         squares = torch.stack([sum_of_squares(importances[name]) for name in weights.names()])
-        norms = torch.tensor(self._over_shards(weights, squares)).sqrt()
+        norms = torch.tensor(self._over_shards(weights, squares), dtype=torch.float64).sqrt()
         alpha = layer_weights(norms, self.temperature).tolist()
         for name, share in zip(weights.names(), alpha, strict=True):
             self._keep_importance(name, importances.pop(name).mul_(share))

@@ -23,13 +23,19 @@ from pydantic import Field, model_validator
 
 from keeptune.errors import MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor import STRENGTH, Anchored, Strength, Weights
+from keeptune.methods._anchor import SHARE, Anchored, Weights
+
+
+def bare(name: str) -> str:
+    """A weight's name in the model itself, without what PEFT wraps around it."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
 
 
 class L2SP(Anchored):
     """A quadratic pull of all weights alike towards where they were."""
 
-    strength: Strength = Field(0.1, description=STRENGTH)
+    # All weights are held, so the same share of the gradient costs more learning than in ewc.
+    share: float = Field(0.1, gt=0, description=SHARE)
     to: Literal["task", "base"] = Field(
         "task", description="pull to the weights before each task, or before the first"
     )
@@ -58,9 +64,16 @@ class L2SP(Anchored):
         if self.strength == 0:
             return
         weights = self._weights(ctx)
+        free = {p: [n for n in weights.names() if fnmatch(bare(n), p)] for p in self.skip}
+        for pattern, names in free.items():
+            if not names:
+                raise MethodError(
+                    f"L2SP.skip: no trained weight is called {pattern!r}. They are called such as "
+                    f"{', '.join(bare(name) for name in weights.names()[:3])}."
+                )
+        skipped = {name for names in free.values() for name in names}
         for name in weights.names():
-            is_free = any(fnmatch(name, pattern) for pattern in self.skip)
-            if not is_free and (self.to == "task" or name not in self._anchor):
+            if name not in skipped and (self.to == "task" or name not in self._anchor):
                 self._keep_anchor(weights, name)
 
     def _acts_after_the_step(self) -> bool:

@@ -5,8 +5,9 @@ Paper: Aljundi et al. 2018, Memory aware synapses: learning what (not) to forget
 Equation: L(w) + strength/2 Σ_i Ω_i (w_i − w*_i)²; Ω_i = Σ over tasks of the mean over examples of
     |∂ ‖f(x; w)‖² / ∂w_i|, f the logits, w* the weights at the last task's end
 Changes: gradients or after_step, end_task
-Cost: 2 floats per trained weight for any number of tasks (5/4 with precision uint8); about one
-    forward and backward per example, for at most `examples` examples, when a task ends.
+Cost: 2 floats per trained weight (on: effective: per adapted weight) for any number of tasks, 5/4
+    with precision uint8; about one forward and backward per example, for at most `examples`
+    examples, when a task ends.
 Use when: as ewc, but the answers in the data are few, wrong or not to be used: it looks only at
     what the model says. On language models labels tell where an answer stands, not what it is.
 Not when: old rows may be kept (replay keeps more), or classes of different tasks must be told
@@ -23,19 +24,24 @@ import torch
 from pydantic import Field
 
 from keeptune.method import Context
-from keeptune.methods._anchor import STRENGTH, Strength, Weighted
-from keeptune.methods._anchor.examples import example_sums
+from keeptune.methods._anchor import Weighted
+from keeptune.methods._anchor.examples import example_sums, require_answers
 from keeptune.methods._anchor.objectives import squared_norm
 
 
 class MAS(Weighted):
     """A quadratic pull towards the weights after earlier tasks, by what the answers hang on."""
 
-    strength: Strength = Field(1.0, description=STRENGTH)
     examples: int = Field(256, ge=1, description="rows per task for the importance, at most")
     top_k: int | None = Field(
         None, ge=1, description="only the largest logits of each answer count; default: all"
     )
+
+    def begin_task(self, ctx: Context) -> None:
+        """Refuse what `end_task` could not do, before the task is trained."""
+        super().begin_task(ctx)
+        if self.strength != 0:
+            require_answers(ctx, every=False)
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:

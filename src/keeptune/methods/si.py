@@ -12,18 +12,16 @@ Use when: the passes of ewc over the data at a task's end are too dear, or the d
 Not when: tasks are so short that the path is mostly noise, or old rows may be kept (replay keeps
     more).
 Differs from the paper: strength/2, so the paper's c is strength / 2. What is below 0 is set to 0,
-    which not all implementations do; the evidence says how much that was.
+    which not all implementations do; the evidence says how much that was. Terms that other methods
+    add to the loss count as the task's. In fine-tuning d² is far below the damping, so Ω ≈ path /
+    damping, and published values of c mean nothing here: leave strength at auto.
 Status: contract tested
 """
 
 from __future__ import annotations
 
-from pydantic import Field
-
-from keeptune.methods._anchor import STRENGTH, Strength, Travelled
+from keeptune.methods._anchor import Travelled
 
 
 class SI(Travelled):
     """A quadratic pull towards the weights after earlier tasks, by what each did on its way."""
-
-    strength: Strength = Field(1.0, description=STRENGTH)

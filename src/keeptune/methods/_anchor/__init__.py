@@ -3,18 +3,19 @@
 from keeptune.methods._anchor.path import PathIntegral, Travelled
 from keeptune.methods._anchor.penalty import (
     ON,
-    STRENGTH,
+    SHARE,
     Anchored,
     Strength,
     Weighted,
     is_measured,
     sum_of_squares,
+    wide,
 )
 from keeptune.methods._anchor.weights import Effective, Weights, blocks
 
 __all__ = [
     "ON",
-    "STRENGTH",
+    "SHARE",
     "Anchored",
     "Effective",
     "PathIntegral",
@@ -25,4 +26,5 @@ __all__ = [
     "blocks",
     "is_measured",
     "sum_of_squares",
+    "wide",
 ]

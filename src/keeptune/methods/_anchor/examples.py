@@ -85,6 +85,29 @@ def choice_sums(ctx: Context, weights: Weights, rows: Sequence[int]) -> tuple[Su
     return _Pass(ctx, weights, choices, collate).exactly(rows, "square", 1)
 
 
+def require_answers(ctx: Context, *, every: bool) -> None:
+    """Refuse rows whose answers a pass at the task's end could not look at.
+
+    Args:
+        ctx: The task.
+        every: Whether all possible answers are needed, not only the true one.
+
+    Raises:
+        MethodError: The rows have no labels; or not all answers can be known.
+    """
+    if "labels" not in ctx.dataset.column_names:
+        raise MethodError(
+            f"The rows of task {ctx.task!r} have no labels, so there is no answer to look at. "
+            "Methods that need it work with SFTTrainer and with classifiers."
+        )
+    is_text = isinstance(ctx.dataset[0]["labels"], list)
+    if every and is_text and OPTIONS not in ctx.dataset.column_names:
+        raise MethodError(
+            f"The rows of task {ctx.task!r} have no choices, so the exact Fisher cannot go through "
+            "every possible answer. Give every row `choices`, or use `fisher: sampled`."
+        )
+
+
 def sign_sums(
     ctx: Context, weights: Weights, rows: Sequence[int], objective: Objective, *, batch: int = 8
 ) -> Sums:

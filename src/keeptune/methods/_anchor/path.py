@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from keeptune.method import Context, State
 from keeptune.methods._anchor.kept import Kept
-from keeptune.methods._anchor.penalty import Weighted, is_measured
+from keeptune.methods._anchor.penalty import Weighted, is_measured, wide
 from keeptune.methods._anchor.shards import Spec, part, whole
 from keeptune.methods._anchor.weights import Effective, Weights, blocks
 
@@ -40,6 +40,9 @@ class PathIntegral:
     def start(self, weights: Weights) -> None:
         """Watch the gradients of effective weights, which no parameter has."""
         self.stop()
+        # Left by a task that failed, if by any.
+        self.omega.clear()
+        self._gradient.clear()
         if isinstance(weights, Effective):
             for name, module in weights.modules.items():
                 self._hooks.append(module.register_forward_hook(self._watch(name)))
@@ -63,7 +66,7 @@ class PathIntegral:
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
         # ∂L/∂W = Σ over positions of δ xᵀ, added up over micro batches.
-        left, right = _wide(gradient.flatten(0, -2)), _wide(inputs.flatten(0, -2))
+        left, right = wide(gradient.flatten(0, -2)), wide(inputs.flatten(0, -2))
         right = right.to(left.dtype)
         if name in self._gradient:
             self._gradient[name].addmm_(left.T, right)
@@ -88,8 +91,8 @@ class PathIntegral:
                 self._gradient[name] = (
                     gradient if ctx.grad_scale == 1 else gradient / ctx.grad_scale
                 )
-        if ctx.grad_scale != 1 and not self._is_finite():
-            # fp16 overflowed: the step will be left out, and `after` is not called.
+        if ctx.may_overflow and not self._is_finite():
+            # The step will be left out, and `after` is not called.
             self._gradient.clear()
         for name in weights.names():
             importance = importances.get(name) if strength else None
@@ -110,7 +113,7 @@ class PathIntegral:
         """The flat gradient, a copy; None where the loss does not depend on the weight."""
         if not (isinstance(weights, Effective) and name in weights.modules):
             gradient = weights.owner(name).grad
-            return None if gradient is None else _wide(weights.room(name), copy=True)
+            return None if gradient is None else wide(weights.room(name).clone())
         gradient = self._gradient.get(name)
         if gradient is not None and distributed.is_initialized():
             # What DDP does to the gradients of parameters.
@@ -137,11 +140,11 @@ class PathIntegral:
         omega = None if gradient is None else self.omega[name].view(-1)
         room = None if importance is None else weights.room(name)
         for span in blocks(value):
-            apart = value[span] - anchor.block(span.start, span.stop, value.device)
+            apart = wide(value[span]) - anchor.block(span.start, span.stop, value.device)
             if gradient is not None and omega is not None:
-                omega[span].addcmul_(gradient[span], _wide(apart), value=sign)
+                omega[span].addcmul_(gradient[span], apart, value=sign)
             if importance is not None and room is not None:
-                weight = importance.block(span.start, span.stop, value.device).to(apart.dtype)
+                weight = importance.block(span.start, span.stop, value.device)
                 room[span].addcmul_(weight, apart, value=strength)
         if room is not None:
             weights.spread(name, room)
@@ -158,7 +161,9 @@ class PathIntegral:
             The importance in the same shape, with what is below 0 set to 0; and the sums of ω
             above 0 and of −ω below 0, [2].
         """
-        omega = self.omega.pop(name, torch.zeros_like(displacement))
+        if name not in self.omega:
+            return torch.zeros_like(displacement), torch.zeros(2, dtype=torch.float64)
+        omega = self.omega.pop(name)
         mass = torch.stack([omega.relu().sum(), (-omega).relu().sum()]).double().cpu()
         return omega.div_(displacement.square() + damping).clamp_(min=0), mass
 
@@ -185,9 +190,11 @@ class Travelled(Weighted):
 
     damping: float = Field(1e-3, gt=0, description="ξ, added to the squared way of each weight")
 
-    reads_the_step: ClassVar[bool] = True
-
     _path: PathIntegral = PrivateAttr(default_factory=PathIntegral)
+
+    def reads_the_step(self, ctx: Context) -> bool:
+        """While the path of a task is recorded; after it, the pull is one among others."""
+        return self._is_recording(ctx)
 
     def _is_recording(self, ctx: Context) -> bool:
         """Whether the path of this task counts."""
@@ -233,7 +240,7 @@ class Travelled(Weighted):
         importances = {}
         for name in weights.names():
             value = weights.shaped(name, weights.value(name))
-            way = value - self._anchor[name].full(value.device)
+            way = wide(value) - self._anchor[name].full(value.device)
             importances[name], sums = self._path.take(name, way, self.damping)
             mass += sums
         self._add_importances(weights, importances)
@@ -262,8 +269,3 @@ class Travelled(Weighted):
     def declared_bytes(self, ctx: Context) -> int:
         """Also the path, from a task's first step to its end."""
         return super().declared_bytes(ctx) + self._path.declared_bytes(self._weights(ctx))
-
-
-def _wide(values: Tensor, *, copy: bool = False) -> Tensor:
-    """In float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32), copy=copy)

@@ -6,6 +6,7 @@ pull on the gradients or the implicit step, the strength, what is kept and where
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -49,12 +50,13 @@ class NumberOrAuto:
 def _kind(value: Any) -> str:
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "word"
-    return "number"
+    return "word" if isinstance(value, bool) else "number"
 
 
 Strength = Annotated[float | Literal["auto"], NumberOrAuto()]
+SHARE = "with strength auto: the pull's norm over the task gradient's, at first"
 ON = "under LoRA: hold the factors A and B, or the update ΔW = s·BA; else both are the weights"
 STRENGTH = "weight of the penalty, λ; auto: see `share`"
 
@@ -62,6 +64,11 @@ STRENGTH = "weight of the penalty, λ; auto: see `share`"
 def is_measured(step: int) -> bool:
     """Whether evidence is measured at this step: powers of two, and every 64th."""
     return step > 0 and (step & (step - 1) == 0 or step % 64 == 0)
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least: products of small numbers would vanish in float16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
@@ -77,12 +84,8 @@ class Anchored(Method):
     A method of the family fills `_anchor` (and `_importance`), by the names of its weights.
     """
 
-    strength: Strength = Field(1.0, description=STRENGTH)
-    share: float = Field(
-        1.0,
-        gt=0,
-        description="with strength auto: the pull's norm over the task gradient's, at first",
-    )
+    strength: Strength = Field("auto", description=STRENGTH)
+    share: float = Field(1.0, gt=0, description=SHARE)
     proximal: bool = Field(
         False,
         description="an implicit step after the optimizer's, instead of a term of the gradient",
@@ -114,9 +117,10 @@ class Anchored(Method):
         """Move one value towards its anchor after the optimizer's step."""
         for span in weights.spans(name):
             anchor, importance = self._block(name, span, weights.owner(name).device)
-            rate = learning_rate * self._strength
+            # Beyond any use, and still finite after the next multiplication.
+            rate = min(learning_rate * self._strength, 1e30)
             weight = torch.full_like(anchor, rate) if importance is None else importance * rate
-            weights.step_back(name, span, anchor, weight)
+            weights.step_back(name, span, anchor, weight.clamp_(max=1e30))
 
     # -- the verbs ---------------------------------------------------------------------------------
 
@@ -133,7 +137,7 @@ class Anchored(Method):
             return
         if is_measured(ctx.step):
             self._measure(ctx, weights)
-        if self._acts_after_the_step():
+        if self._acts_after_the_step() or not self._strength:
             return
         strength = self._strength * ctx.grad_scale
         # Looked up once: on adapters, look-ups cost more than the arithmetic.
@@ -142,11 +146,11 @@ class Anchored(Method):
             room, value = weights.room(name), weights.value(name)
             anchor, importance = anchors[name], importances.get(name)
             for span in blocks(value):
-                apart = value[span] - anchor.block(span.start, span.stop, value.device)
+                apart = wide(value[span]) - anchor.block(span.start, span.stop, value.device)
                 if importance is None:
                     room[span].add_(apart, alpha=strength)
                 else:
-                    weight = importance.block(span.start, span.stop, value.device).to(apart.dtype)
+                    weight = importance.block(span.start, span.stop, value.device)
                     room[span].addcmul_(weight, apart, value=strength)
             weights.spread(name, room)
 
@@ -179,17 +183,21 @@ class Anchored(Method):
         squares = torch.zeros(3, dtype=torch.float64)
         for name in self._held(weights):
             value = weights.value(name)
-            unit = torch.empty_like(value)
+            unit = torch.empty_like(wide(value))
             for span in blocks(value):
                 anchor, importance = self._block(name, span, value.device)
-                apart = value[span] - anchor
+                apart = wide(value[span]) - anchor
                 unit[span] = apart if importance is None else apart * importance
                 squares[0] += (apart * unit[span]).sum().cpu()
-            for gradient, share in weights.parts(name, unit):
+            for parameter, share in weights.parts(name, unit):
                 squares[1] += sum_of_squares(share)
-                squares[2] += sum_of_squares(gradient)
+                # A gradient that is not there stays so: an optimizer passes over such weights.
+                if parameter.grad is not None:
+                    squares[2] += sum_of_squares(local(parameter.grad))
         distance, pull, task = self._over_shards(weights, squares)
         pull, task = pull**0.5, task**0.5 / ctx.grad_scale
+        if not math.isfinite(task):
+            return  # fp16 overflowed, and this step will be left out
         if self.strength == "auto" and pull and ctx.step <= LAST_TUNED:
             # The distance grows, so the first values are too large: the least of them holds.
             self._tuned = min(self.share * task / pull, self._tuned or float("inf"))
@@ -201,7 +209,7 @@ class Anchored(Method):
 
     def _note_share(self, pull: float) -> None:
         """Keep the largest share of the pull in pull + task gradient, both as norms."""
-        total = pull + self._evidence["task_gradient"]
+        total = pull + self._evidence.get("task_gradient", 0.0)
         share = pull / total if total else 0.0
         self._evidence["gradient_share"] = max(share, self._evidence.get("gradient_share", 0.0))
 
@@ -219,11 +227,10 @@ class Anchored(Method):
 
     def _block(self, name: str, span: slice, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """A stretch of an anchor, and of an importance if there is one, in one type."""
-        anchor = self._anchor[name].block(span.start, span.stop, device)
+        anchor = wide(self._anchor[name].block(span.start, span.stop, device))
         if name not in self._importance:
             return anchor, None
-        importance = self._importance[name].block(span.start, span.stop, device)
-        return anchor, importance.to(anchor.dtype)
+        return anchor, self._importance[name].block(span.start, span.stop, device)
 
     def _keep_anchor(self, weights: Weights, name: str) -> None:
         """Make the present value the anchor."""
@@ -274,14 +281,17 @@ class Anchored(Method):
             found: dict[str, dict[str, Tensor]] = {}
             for key, tensor in state.tensors.items():
                 if key.startswith(f"{kind}/"):
-                    _, name, *rest = key.split("/")
-                    found.setdefault(name, {})["".join(rest)] = tensor
+                    name, codes = key.removeprefix(f"{kind}/"), ""
+                    if name.endswith(("/codes", "/scales")):
+                        name, _, codes = name.rpartition("/")
+                    found.setdefault(name, {})[codes] = tensor
             for name, parts in found.items():
-                device = weights.owner(name).device
+                owner = weights.parameters.get(name)
+                device = ctx.device if owner is None else owner.device
                 if "" in parts:
                     store[name] = Kept(parts[""].to(device), precision, self.place)
                 else:
-                    shape = weights.shape(name)
+                    shape = self._anchor[name].shape
                     store[name] = Kept.restored(parts, shape, precision, self.place, device)
         self._cut(weights)
 

@@ -63,8 +63,18 @@ class Weights:
 
     @torch.no_grad()
     def value(self, name: str) -> Tensor:
-        """The flat value; for weights as they are, changing it changes the weight."""
-        return local(self.parameters[name]).view(-1)
+        """The flat value; for weights as they are, changing it changes the weight.
+
+        Raises:
+            MethodError: The weight is not contiguous in memory.
+        """
+        value = local(self.parameters[name])
+        if not value.is_contiguous():
+            raise MethodError(
+                f"The weight {name} is not contiguous in memory, so it cannot be held in place. "
+                "Make it so before training: `parameter.data = parameter.data.contiguous()`."
+            )
+        return value.view(-1)
 
     @torch.no_grad()
     def room(self, name: str) -> Tensor:
@@ -74,10 +84,11 @@ class Weights:
     def spread(self, name: str, room: Tensor) -> None:
         """Carry what was added to the room on to the gradients; here it is there already."""
 
-    def parts(self, name: str, pull: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The gradients that a pull on this value changes, each with its flat share of the pull."""
-        return [(_gradient(self.parameters[name]).view(-1), pull)]
+    def parts(self, name: str, pull: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters whose gradients a pull on this value changes, each with its flat share."""
+        return [(self.parameters[name], pull)]
 
+    @torch.no_grad()
     def step_back(self, name: str, span: slice, anchor: Tensor, weight: Tensor) -> None:
         """One implicit step of the penalty: w ← (w + c a) / (1 + c), stable for any c.
 
@@ -87,7 +98,8 @@ class Weights:
             anchor: a of this stretch, flat.
             weight: c = learning rate · strength · Ω, flat.
         """
-        self.value(name)[span].lerp_(anchor, weight / (weight + 1))
+        value = self.value(name)[span]
+        value.lerp_(anchor.to(value.dtype), (weight / (weight + 1)).to(value.dtype))
 
 
 class Effective(Weights):
@@ -100,14 +112,15 @@ class Effective(Weights):
     def __init__(self, ctx: Context) -> None:
         super().__init__(ctx)
         self.modules = lora_modules(ctx.model)
+        factors = [factor for name in self.modules for factor in self.factors(name)]
+        if any(local(factor) is not factor for factor in factors):
+            raise MethodError(
+                "`on: effective` needs whole LoRA factors, but here they are spread over "
+                "processes. Use `on: factors`, or DDP."
+            )
+        known = {id(factor) for factor in factors}
+        self.parameters = {n: p for n, p in self.parameters.items() if id(p) not in known}
         for name, module in self.modules.items():
-            for factor in self.factors(name):
-                if local(factor) is not factor:
-                    raise MethodError(
-                        "`on: effective` needs whole LoRA factors, but here they are spread over "
-                        "processes. Use `on: factors`, or DDP."
-                    )
-                self.parameters = {n: p for n, p in self.parameters.items() if p is not factor}
             self.parameters[name] = module.get_base_layer().weight
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -150,11 +163,11 @@ class Effective(Weights):
     def spread(self, name: str, room: Tensor) -> None:
         """The chain rule: with G in the room, A's gradient gets s·BᵀG and B's gets s·GAᵀ."""
         if name in self.modules:
-            for gradient, share in self.parts(name, room):
-                gradient.add_(share)
+            for factor, share in self.parts(name, room):
+                _gradient(factor).view(-1).add_(share)
 
     @torch.no_grad()
-    def parts(self, name: str, pull: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def parts(self, name: str, pull: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """The shares of A and of B in a pull on ΔW."""
         if name not in self.modules:
             return super().parts(name, pull)
@@ -162,8 +175,8 @@ class Effective(Weights):
         pull = pull.view(b.shape[0], a.shape[1])
         s = self.scaling(name)
         return [
-            (_gradient(a).view(-1), torch.mm(b.T, pull).mul_(s).view(-1)),
-            (_gradient(b).view(-1), torch.mm(pull, a.T).mul_(s).view(-1)),
+            (a, torch.mm(b.T, pull).mul_(s).view(-1)),
+            (b, torch.mm(pull, a.T).mul_(s).view(-1)),
         ]
 
     @torch.no_grad()
