@@ -172,7 +172,7 @@ def penalties(report: Report, subject: Subject) -> None:
     """What is added to a training step."""
     ewc = subject.after(EWC(strength=1.0, examples=2), 1)
     after_8 = subject.after(EWC(strength=1.0, examples=2), 8)
-    si, l2sp = subject.after(SI(), 1), subject.after(L2SP(), 1)
+    si, l2sp = subject.after(SI(strength=1.0), 1), subject.after(L2SP(strength=0.1), 1)
     assert isinstance(ewc, EWC)
     by_default = torch.optim.AdamW(subject.parameters, lr=1e-5)
     ewc_alone = extra(subject, ewc)
@@ -220,7 +220,9 @@ def naive_fisher(subject: Subject) -> dict[str, Tensor]:
     ctx, weights = subject.ctx, subject.ctx.trainable()
     sums = {name: torch.zeros_like(p) for name, p in weights.items()}
     for number in subject.numbers:
-        log_p = ctx.log_likelihood(ctx.batch([ctx.dataset[number]])).sum()
+        batch = ctx.batch([ctx.dataset[number]])
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        (log_p,) = log_likelihood(batch, ctx.model(**inputs).logits, [number])
         gradients = torch.autograd.grad(log_p, list(weights.values()))
         for total, gradient in zip(sums.values(), gradients, strict=True):
             total.addcmul_(gradient, gradient)
@@ -320,8 +322,8 @@ def memory(report: Report, subject: Subject) -> None:
         (EWC(strength=1.0, examples=2), 1, 2.05),
         (EWC(strength=1.0, examples=2), 8, 2.05),
         (MAS(strength=1.0, examples=2), 8, 2.05),
-        (SI(), 8, 3.05),
-        (L2SP(), 8, 1.05),
+        (SI(strength=1.0), 8, 3.05),
+        (L2SP(strength=0.1), 8, 1.05),
     ]
     while cases:
         method, tasks, goal = cases.pop(0)  # one at a time: each holds several models
@@ -390,11 +392,11 @@ def hierarchical(report: Report, name: str, make: Callable[[], Any], rounds: int
 
 def measure(report: Report, name: str, make: Callable[[], Any], rounds: int, examples: int) -> None:
     penalties(report, Subject(name, make(), examples, rounds))
-    fishers(report, Subject(name, make(), examples, max(3, rounds // 3)), most=1.30)
+    fishers(report, Subject(name, make(), examples, max(2, rounds // 3)), most=1.30)
     memory(report, Subject(name, make(), 8, 1))
     lora = adapted(make(), "all-linear")
-    adapters(report, Subject(f"{name} LoRA", lora, examples, max(3, rounds // 3)))
-    hierarchical(report, name, make, max(3, rounds // 2))
+    adapters(report, Subject(f"{name} LoRA", lora, examples, max(2, rounds // 3)))
+    hierarchical(report, name, make, max(2, rounds // 2))
 
 
 def main() -> None:
@@ -405,7 +407,7 @@ def main() -> None:
     report = Report()
     measure(report, "5M", five_million, rounds=9, examples=128)
     if not given.small:
-        measure(report, "SmolLM2-135M", lambda: models.load("demo").model, rounds=5, examples=64)
+        measure(report, "SmolLM2-135M", lambda: models.load("demo").model, rounds=3, examples=48)
     Console(width=120).print(report.table())
     if given.markdown:
         given.markdown.write_text(report.markdown(), "utf-8")

@@ -73,8 +73,8 @@ def wide(values: Tensor) -> Tensor:
 
 def sum_of_squares(values: Tensor) -> Tensor:
     """Σ v², which neither overflows nor vanishes: in float64 where there is one; on the CPU."""
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
+    widest = torch.float32 if values.device.type == "mps" else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=widest)
     return norm.square().cpu()
 
 
@@ -157,9 +157,10 @@ class Anchored(Method):
     @torch.no_grad()
     def after_step(self, ctx: Context) -> None:
         """With `proximal`: w ← (w + c a) / (1 + c), c = learning rate · strength · Ω."""
+        if not (self._acts_after_the_step() and self._strength):
+            return
         weights = self._weights(ctx)
-        held = self._held(weights)
-        if not (held and self._acts_after_the_step() and self._strength):
+        if not (held := self._held(weights)):
             return
         measured, moved = is_measured(ctx.step), torch.zeros((), dtype=torch.float64)
         for name in held:
