@@ -1,7 +1,8 @@
-"""The reservoir: every row with the same chance, and the same again after a reload."""
+"""The buffer: which rows stay and which are drawn, and the same again after a reload."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from keeptune.buffer import Buffer
+from keeptune.buffer import Buffer, even_shares, reservoir
 from keeptune.errors import DataError
 from keeptune.method import State
 from pencil import examples, texts
 
 
-def numbered(first: int, count: int) -> Dataset:
-    """Rows that say which they are."""
-    return examples(*[(number, 0) for number in range(first, first + count)])
+def numbered(first: int, count: int, *, text: bool = False) -> Dataset:
+    """Rows that say which they are, of a classifier or of a language model."""
+    numbers = range(first, first + count)
+    return texts(*[[n, n] for n in numbers]) if text else examples(*[(n, 0) for n in numbers])
 
 
 def kept(buffer: Buffer) -> list[int]:
     """Which rows are in it, by their numbers."""
-    rows = buffer.rows(list(range(len(buffer))), numbered(0, 1))
-    return [row["input_ids"][0] for row in rows]
+    like = numbered(0, 1, text=buffer.state().values["kind"] != "classes")
+    return [row["input_ids"][0] for row in buffer.rows(list(range(len(buffer))), like)]
 
 
 def test_all_rows_fit_until_it_is_full() -> None:
@@ -37,27 +40,25 @@ def test_all_rows_fit_until_it_is_full() -> None:
     assert buffer.seen == 25
 
 
-class Listed(list[dict[str, Any]]):
-    """As much of a Dataset as the reservoir needs, and a hundred times as fast."""
-
-    column_names = ("input_ids", "labels")
-
-    def select_columns(self, names: list[str]) -> Listed:
-        return self
-
-
 def unevenness(generator: Callable[[list[int]], Any]) -> float:
     """χ² of how often each of six rows, in tasks of 1, 2 and 3, is in a reservoir of two."""
-    tasks, tries, counts = ([0], [1, 2], [3, 4, 5]), 3000, np.zeros(6)
+    tries, counts = 3000, np.zeros(6)
     for trial in range(tries):
-        buffer = Buffer(2)
-        for index, task in enumerate(tasks):
-            rows: Any = Listed({"input_ids": [number], "labels": 0} for number in task)
-            buffer.add(rows, f"t{index}", generator([trial, index]))
-        counts[[int(ids[0]) for ids in buffer._ids]] += 1
-    expected = tries * 2 / 6
-    # Two of six stay each time, which makes counts vary by 1 − 2/6 and correlate by −1/5.
-    return float(((counts - expected) ** 2 / (expected * (1 - 2 / 6)) * 5 / 6).sum())
+        places, seen = np.empty(0, np.int64), 0
+        for index, new in enumerate((1, 2, 3)):
+            order = reservoir(len(places), new, seen, 2, generator([trial, index]))
+            places = np.concatenate([places, seen + np.arange(new)])[order]
+            seen += new
+        counts[places] += 1
+    return evenness(counts, tries, 2)
+
+
+def evenness(counts: NDArray[Any], tries: int, kept: int) -> float:
+    """χ² of how often each row was among those kept."""
+    share = kept / len(counts)
+    # So many stay each time, which makes counts vary by 1 − share and correlate by −1 / (n − 1).
+    squares = (counts - tries * share) ** 2 / (tries * share * (1 - share))
+    return float(squares.sum() * (len(counts) - 1) / len(counts))
 
 
 # P(χ² > 20.5) = 0.001 with 5 degrees of freedom.
@@ -73,10 +74,21 @@ def test_one_place_too_few_would_be_seen() -> None:
         def __init__(self, seed: list[int]) -> None:
             self.true = np.random.default_rng(seed)
 
-        def integers(self, high: int) -> int:
-            return int(self.true.integers(high - 1))
+        def integers(self, high: Any) -> Any:
+            return self.true.integers(np.maximum(high - 1, 1))
 
     assert unevenness(OffByOne) > LIMIT
+
+
+def test_a_balanced_buffer_keeps_each_row_of_a_task_with_the_same_chance() -> None:
+    tries, counts = 150, np.zeros(6)
+    for trial in range(tries):
+        buffer = Buffer(4, "balanced")
+        for index in range(2):  # four of the first six rows stay, and then two of them
+            random = np.random.default_rng([trial, index])
+            buffer.add(numbered(6 * index, 6, text=True), f"t{index}", random)
+        counts[[number for number in kept(buffer) if number < 6]] += 1
+    assert evenness(counts, tries, 2) < LIMIT
 
 
 def test_the_same_numbers_keep_the_same_rows() -> None:
@@ -180,4 +192,142 @@ def test_its_bytes_are_those_of_its_state() -> None:
     buffer = Buffer(None)
     buffer.add(texts([1, 2, 3], [4, 5, 6]), "a", np.random.default_rng(0))
     assert buffer.nbytes() == sum(t.nbytes for t in buffer.state().tensors.values())
-    assert buffer.nbytes() == 8 * 6 + 8 * 2
+    # Ids, a bit a token in one byte, lengths, one start, tasks.
+    assert buffer.nbytes() == 2 * 6 + 1 + 2 * 2 + 8 + 2
+
+
+def test_a_token_takes_little_more_than_two_bytes() -> None:
+    buffer = Buffer(None)
+    buffer.add(texts(*[list(range(64))] * 640), "a", np.random.default_rng(0))
+    assert buffer.nbytes() <= 2.2 * 640 * 64
+
+
+# -- policies -------------------------------------------------------------------------------------
+
+
+def filled(buffer: Buffer, *sizes: int, text: bool = True, values: Any = None) -> Buffer:
+    """Tasks of these sizes one after another, the rows numbered through."""
+    first = 0
+    for index, size in enumerate(sizes):
+        own = None if values is None else np.asarray(values[first : first + size], np.float32)
+        rows = numbered(first, size, text=text)
+        buffer.add(rows, f"t{index}", np.random.default_rng(index), own)
+        first += size
+    return buffer
+
+
+@pytest.mark.parametrize(
+    ("sizes", "places", "shares"),
+    [
+        ([5, 5], 4, [2, 2]),
+        ([5, 5], 5, [3, 2]),
+        ([1, 9, 9], 7, [1, 3, 3]),
+        ([9, 1, 9], 8, [4, 1, 3]),
+        ([2, 2], 9, [2, 2]),
+        ([3, 3, 3], 2, [1, 1, 0]),
+        ([], 3, []),
+    ],
+)
+def test_places_are_shared_out_evenly(sizes: list[int], places: int, shares: list[int]) -> None:
+    assert even_shares(np.array(sizes, np.int64), places) == shares
+
+
+def test_a_ring_keeps_the_last_rows_of_each_task() -> None:
+    buffer = filled(Buffer(6, "ring"), 10, 10)
+    assert kept(buffer) == [7, 8, 9, 17, 18, 19]
+    assert buffer.counts() == {"t0": 3, "t1": 3}
+
+
+def test_a_small_task_leaves_its_places_to_the_others() -> None:
+    assert filled(Buffer(9, "balanced"), 1, 20, 20).counts() == {"t0": 1, "t1": 4, "t2": 4}
+
+
+def test_a_reservoir_gives_places_by_size() -> None:
+    counts = filled(Buffer(100, "reservoir"), 50, 950).counts()
+    assert counts["t0"] < 15
+
+
+def test_surprise_keeps_the_highest_losses_of_each_task() -> None:
+    losses = [0.1, 5.0, 0.3, 4.0, 90.0, 20.0, 70.0, 80.0]
+    assert kept(filled(Buffer(4, "surprise"), 4, 4, values=losses)) == [1, 3, 4, 7]
+
+
+def test_a_classifier_has_places_by_class_over_all_tasks() -> None:
+    buffer = Buffer(6, "balanced")
+    for index in range(2):
+        rows = examples(*[(10 * index + n, int(n > 7)) for n in range(10)])
+        buffer.add(rows, f"t{index}", np.random.default_rng(index))
+    labels = buffer.rows(list(range(6)), examples((0, 0)))["labels"]
+    assert Counter(labels) == {0: 3, 1: 3}
+
+
+def test_herding_keeps_the_rows_whose_mean_is_that_of_all() -> None:
+    angles = np.deg2rad([0, 40, 80, 10, 70])
+    features = np.stack([np.cos(angles), np.sin(angles)], 1)
+    assert kept(filled(Buffer(1, "herding"), 5, values=features)) == [1]
+
+
+def test_herding_keeps_its_first_choices_when_places_get_fewer() -> None:
+    features = np.random.default_rng(0).normal(size=(20, 4))
+    full = kept(filled(Buffer(8, "herding"), 10, values=features[:10]))
+    later = kept(filled(Buffer(8, "herding"), 10, 10, values=features))
+    assert len(later) == 8
+    assert {n for n in later if n < 10} < set(full)
+
+
+def test_diversity_keeps_one_row_of_each_cluster() -> None:
+    centres = np.array([[0, 0], [100, 0], [0, 100]])
+    noise = np.random.default_rng(0).normal(size=(30, 2))
+    features = np.repeat(centres, 10, 0) + noise
+    rows = kept(filled(Buffer(3, "diversity"), 30, values=features))
+    assert sorted(number // 10 for number in rows) == [0, 1, 2]
+
+
+# -- draws ----------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_heavier_task_are_drawn_more_often() -> None:
+    buffer = filled(Buffer(None), 100, 100)
+    drawn = buffer.draw(2000, np.random.default_rng(0), weights={"t0": 3.0}, repeats=True)
+    assert buffer.tasks(drawn)["t0"] == pytest.approx(1500, abs=80)
+    once = buffer.draw(40, np.random.default_rng(0), weights={"t0": 3.0})
+    assert len(set(once)) == 40
+    assert buffer.tasks(once)["t0"] > 24
+
+
+def test_a_task_of_weight_0_is_never_drawn() -> None:
+    buffer = filled(Buffer(None), 5, 5)
+    for repeats in (False, True):
+        drawn = buffer.draw(9, np.random.default_rng(0), weights={"t0": 0.0}, repeats=repeats)
+        assert buffer.tasks(drawn) == {"t1": 9 if repeats else 5}
+    assert buffer.draw(9, np.random.default_rng(0), weights={"t0": 0.0, "t1": 0.0}) == []
+
+
+def test_with_repeats_there_are_always_enough() -> None:
+    buffer = filled(Buffer(None), 3)
+    assert len(buffer.draw(50, np.random.default_rng(0), repeats=True)) == 50
+
+
+def test_tokens_are_reached_by_as_few_rows_as_can_be() -> None:
+    buffer = Buffer(None)
+    rows = [[7] * length for length in (1, 2, 3, 4, 5, 6)]
+    buffer.add(
+        Dataset.from_dict({"input_ids": rows, "labels": rows}), "a", np.random.default_rng(0)
+    )
+    for repeats in (False, True):
+        drawn = buffer.draw(9, np.random.default_rng(1), unit="tokens", repeats=repeats)
+        assert buffer.tokens(drawn) >= 9 > buffer.tokens(drawn[:-1])
+    assert buffer.tokens(buffer.draw(99, np.random.default_rng(1), unit="tokens")) == 21
+
+
+def test_a_few_of_very_many_are_drawn_without_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keeptune.buffer.SHUFFLED", 20)
+    buffer = filled(Buffer(None), 30)
+    drawn = buffer.draw(12, np.random.default_rng(0))
+    assert len(set(drawn)) == 12
+    assert drawn == buffer.draw(12, np.random.default_rng(0))
+    assert sorted(buffer.draw(99, np.random.default_rng(0))) == list(range(30))
+
+
+def test_a_draw_of_nothing_is_nothing() -> None:
+    assert filled(Buffer(None), 3).draw(0, np.random.default_rng(0), repeats=True) == []

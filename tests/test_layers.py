@@ -21,8 +21,9 @@ LIGHT = (
     "metrics", "checks", "report", "cli", "terminal",
 )  # fmt: skip
 METHODS_MAY = {
-    "__future__", "datasets", "peft", "pydantic", "pydantic_core", "torch",
+    "__future__", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
+    "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.trainers")
 

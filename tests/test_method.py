@@ -214,6 +214,13 @@ def test_answer_logits_of_a_classifier_are_its_rows() -> None:
     assert got.tolist() == [[0.0, 1.0], [4.0, 5.0]]
 
 
+def test_answer_labels_stand_beside_their_logits() -> None:
+    ctx = context(Softmax([[0.0]]))
+    text = torch.tensor([[-100, -100, 5, 6], [4, 7, -100, -100]])  # nothing predicts the 4
+    assert ctx.answer_labels({"labels": text}).tolist() == [5, 6, 7]
+    assert ctx.answer_labels({"labels": torch.tensor([1, -100, 0])}).tolist() == [1, 0]
+
+
 def test_a_mean_over_answers_is_over_the_whole_step() -> None:
     ctx = context(Softmax([[0.0]]), answers_in_step=4.0)
     parts = [torch.tensor([1.0]), torch.tensor([2.0, 3.0, 6.0])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -68,6 +68,7 @@ class Odd(Method):
     d: list[str] = Field(default_factory=list, min_length=1)
     e: bool = False
     f: Strength = "auto"
+    g: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
 
 def test_settings_of_every_kind() -> None:
@@ -78,4 +79,5 @@ def test_settings_of_every_kind() -> None:
         ("d", "[]", "list of text, length ≥ 1", ""),
         ("e", "false", "true or false", ""),
         ("f", "auto", "number or auto, ≥ 0.0", ""),
+        ("g", "{}", "by text: number, ≥ 0", ""),
     ]

@@ -92,6 +92,12 @@ class Context:
             return logits[labels != IGNORED]
         return logits[:, :-1][labels[:, 1:] != IGNORED]
 
+    def answer_labels(self, batch: Batch) -> Tensor:
+        """The answers themselves, beside their `answer_logits`: [N]."""
+        labels = batch["labels"]
+        labels = labels if labels.dim() == 1 else labels[:, 1:]
+        return labels[labels != IGNORED]
+
     def mean_over_answers(self, values: Tensor) -> Tensor:
         """Mean of per-answer values over the whole accumulated batch.
 

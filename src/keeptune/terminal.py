@@ -54,13 +54,7 @@ def method_settings(cls: type[Method]) -> list[tuple[str, str, str, str]]:
     """A method's settings as (name, default, allowed values, meaning)."""
     rows = []
     for name, field in cls.model_fields.items():
-        bounds = [
-            f"{sign} {getattr(mark, key)}"
-            for mark in field.metadata
-            for key, sign in _BOUNDS.items()
-            if getattr(mark, key, None) is not None
-        ]
-        allowed = ", ".join([_type_name(field.annotation), *bounds])
+        allowed = ", ".join([_type_name(field.annotation), *_bounds(field.metadata)])
         default = (
             "must be given"
             if field.is_required()
@@ -169,6 +163,16 @@ def _in_yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _bounds(metadata: Sequence[Any]) -> list[str]:
+    """What a number or a length must keep to."""
+    return [
+        f"{sign} {getattr(mark, key)}"
+        for mark in metadata
+        for key, sign in _BOUNDS.items()
+        if getattr(mark, key, None) is not None
+    ]
+
+
 def _type_name(annotation: Any) -> str:
     """A type in plain words: `whole number`, `one of a, b`."""
     words = {float: "number", int: "whole number", bool: "true or false", str: "text"}
@@ -180,6 +184,11 @@ def _type_name(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         rest = [_type_name(part) for part in parts if part is not type(None)]
         return " or ".join(rest + ["nothing"] * (type(None) in parts))
+    if origin is typing.Annotated:
+        marks = [mark for field in parts[1:] for mark in field.metadata]
+        return ", ".join([_type_name(parts[0]), *_bounds(marks)])
+    if origin is dict:
+        return f"by {_type_name(parts[0])}: {_type_name(parts[1])}"
     if origin in (list, tuple):
         return f"list of {_type_name(parts[0])}"
     return str(annotation).replace("typing.", "")

@@ -197,11 +197,11 @@ def settings_are_bounded(cls: type[Method]) -> None:
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation is made of; the values of a literal are none."""
+    """The types that an annotation is made of; not what is inside a literal or a mapping."""
     inner = get_args(annotation)
     if not inner:
         yield annotation
-    elif get_origin(annotation) is not Literal:
+    elif get_origin(annotation) not in (Literal, dict):
         for one in inner:
             yield from _kinds(one)
 

@@ -47,6 +47,16 @@ VARIANTS = [
     variant("l2sp", proximal=True),
     variant("l2sp", to="base"),
     variant("hierarchical", lora=True, on="factors"),
+    variant("gem", margin=0.0),
+    variant("eaft", mask=0.5),
+    # Small, so that the policies have to choose.
+    variant("replay", policy="reservoir", size=6),
+    variant("replay", policy="ring", size=6),
+    variant("replay", policy="balanced", size=6),
+    variant("replay", policy="herding", size=6),
+    variant("replay", lora=True, policy="surprise", size=6),
+    variant("replay", lora=True, policy="diversity", size=6),
+    variant("replay", count="tokens", repeats=True),
 ]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
 each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from torch.nn import functional as F
 
-from keeptune.methods.replay import Replay, rows_to_replay
+import pico
+from keeptune.errors import MethodError
+from keeptune.method import Context
+from keeptune.methods import _measure
+from keeptune.methods.replay import Replay, amount_to_replay
+from keeptune.tokens import collate
 from pencil import Softmax, context, examples, texts
 
 
@@ -32,8 +41,8 @@ def stream(method: Replay, sizes: Sequence[int], seed: int = 0) -> list[list[tup
 @pytest.mark.parametrize(
     ("new", "ratio", "old"), [(100, 0.2, 20), (10, 0.25, 2), (7, 1.0, 7), (3, 0.1, 0), (4, 2.5, 10)]
 )
-def test_rows_to_replay(new: int, ratio: float, old: int) -> None:
-    assert rows_to_replay(new, ratio) == old
+def test_amount_to_replay(new: int, ratio: float, old: int) -> None:
+    assert amount_to_replay(new, ratio) == old
 
 
 def test_a_task_gets_its_own_rows_and_some_of_each_earlier_task() -> None:
@@ -68,7 +77,7 @@ def test_a_shortfall_is_reported_not_repeated() -> None:
 def test_no_more_rows_are_kept_than_size() -> None:
     method = Replay(ratio=1.0, size=7)
     stream(method, [30, 20, 50])
-    assert len(method.state().tensors["id_lengths"]) == 7
+    assert len(method.state().tensors["lengths"]) == 7
 
 
 def test_the_seed_decides_which_rows_come() -> None:
@@ -98,3 +107,109 @@ def test_columns_that_a_trainer_added_do_not_get_in_the_way() -> None:
     rows = task(0, 3).add_column("prompt", ["a", "b", "c"])
     method.end_task(context(Softmax([[0.0]]), rows))
     assert len(method.data(context(Softmax([[0.0]]), rows, index=1), rows)) == 6
+
+
+# -- settings beside the ratio --------------------------------------------------------------------
+
+
+def test_the_ratio_may_count_tokens() -> None:
+    method = Replay(ratio=0.5, count="tokens")
+    old, new = texts(*[[7, 8, 9]] * 20), texts(*[[1, 2, 3, 4, 5, 6]] * 10)
+    method.end_task(context(Softmax([[0.0]]), old))
+    assert len(method.data(context(Softmax([[0.0]]), new, index=1), new)) == 10 + 10
+    assert method.evidence()["tokens_short"] == 0
+
+
+def test_a_shortfall_of_tokens_is_reported() -> None:
+    method = Replay(ratio=1.0, count="tokens", size=2)
+    rows = texts(*[[7, 8, 9]] * 5)
+    method.end_task(context(Softmax([[0.0]]), rows))
+    assert len(method.data(context(Softmax([[0.0]]), rows, index=1), rows)) == 5 + 2
+    assert method.evidence()["tokens_short"] == 15 - 6
+
+
+def test_with_repeats_nothing_is_short() -> None:
+    method = Replay(ratio=1.0, size=5, repeats=True)
+    _, second = stream(method, [30, 20])
+    assert len(second) == 40
+    evidence = method.evidence()
+    assert evidence["rows_short"] == 0
+    assert evidence["rows_repeated"] == 20 - len(set(second[20:]))
+
+
+def test_tasks_can_be_weighed_against_each_other() -> None:
+    method = Replay(ratio=1.0, task_weights={"t0": 0.0})
+    third = stream(method, [10, 10, 10])[2]
+    assert {label for _, label in third[10:]} == {1}
+    assert method.evidence()["rows_by_task"] == {"t1": 10}
+
+
+def test_a_negative_weight_is_refused() -> None:
+    with pytest.raises(MethodError, match=r"Replay\.task_weights: must be at least 0.*, got -1"):
+        Replay(task_weights={"billing": -1})
+
+
+def test_a_policy_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(MethodError, match=r"Replay\.policy: .*'herding'.*got 'newest'"):
+        Replay(policy="newest")  # type: ignore[arg-type]
+
+
+# -- what the model makes of the rows -------------------------------------------------------------
+
+ROWS = [[7, 8, 9, 10], [11, 12], [13, 14, 15], [16, 17, 18, 19, 20], [21, 22, 23]]
+
+
+def text_context(rows: Sequence[list[int]] = ROWS, **more: Any) -> Context:
+    labels = [[-100, *row[1:]] for row in rows]
+    dataset = Dataset.from_dict({"input_ids": list(rows), "labels": labels})
+    return Context(pico.causal_lm(), "t0", 0, dataset, collate=collate(pico.tokenizer()), **more)
+
+
+def test_the_loss_of_a_row_is_the_mean_over_its_answer() -> None:
+    ctx = text_context()
+    found = _measure.losses(ctx)
+    for row, loss in zip(ROWS, found, strict=True):
+        logits = ctx.model(torch.tensor([row])).logits[0, :-1].detach()
+        assert loss == pytest.approx(
+            float(F.cross_entropy(logits, torch.tensor(row[1:]))), rel=1e-4
+        )
+
+
+def test_the_loss_of_a_classifiers_row_is_that_of_its_class() -> None:
+    model = Softmax([[0.0, 1.0], [2.0, 0.0]])
+    rows = examples((0, 1), (1, 1))
+    want = F.cross_entropy(model.weight.detach(), torch.tensor([1, 1]), reduction="none")
+    assert _measure.losses(context(model, rows)) == pytest.approx(want.numpy())
+
+
+def test_the_features_of_a_row_are_its_mean_last_hidden_state() -> None:
+    ctx = text_context()
+    found = _measure.features(ctx)
+    for row, feature in zip(ROWS, found, strict=True):
+        states = ctx.model(torch.tensor([row]), output_hidden_states=True).hidden_states[-1]
+        assert feature == pytest.approx(states[0].mean(0).detach().numpy(), abs=1e-5)
+
+
+def test_rows_of_a_model_without_hidden_states_are_refused() -> None:
+    with pytest.raises(MethodError, match=r"Softmax is no transformers model.*Use another policy"):
+        Replay(policy="herding").end_task(context(Softmax([[0.0]])))
+
+
+@pytest.mark.parametrize("policy", ["surprise", "herding", "diversity"])
+def test_looking_at_the_rows_leaves_the_model_as_it_was(policy: Any) -> None:
+    ctx = text_context()
+    ctx.model.train()
+    before = torch.get_rng_state()
+    Replay(policy=policy, size=2).end_task(ctx)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert ctx.model.training
+    assert all(p.requires_grad and p.grad is None for p in ctx.model.parameters())
+
+
+def test_surprise_keeps_the_rows_of_the_highest_loss() -> None:
+    ctx = text_context()
+    method = Replay(policy="surprise", size=2, ratio=1.0)
+    method.end_task(ctx)
+    mixed = method.data(ctx, ctx.dataset)
+    worst = np.argsort(_measure.losses(ctx))[-2:]
+    assert sorted(mixed[5:]["input_ids"]) == sorted(ROWS[row] for row in worst)

@@ -1,43 +1,58 @@
 """Experience replay: keep a few old rows and mix them into every new task.
 
 Paper: Robins 1995, https://doi.org/10.1080/09540099550039318 ; Chaudhry et al. 2019, On tiny
-    episodic memories in continual learning, https://arxiv.org/abs/1902.10486
-Equation: train on D_t plus round(ratio |D_t|) rows drawn from a reservoir of D_1 … D_{t-1}
+    episodic memories in continual learning, https://arxiv.org/abs/1902.10486 ; herding: Rebuffi et
+    al. 2017, https://arxiv.org/abs/1611.07725 ; surprise: Hazard et al. 2025 (SuRe),
+    https://arxiv.org/abs/2511.22367
+Equation: train on D_t plus round(ratio |D_t|) rows drawn from what is kept of D_1 … D_{t-1}
 Changes: data, end_task
-Cost: 8 bytes a token for at most `size` rows; training rows grow by `ratio`.
+Cost: for at most `size` rows 2.2 bytes a token for vocabularies of at most 65,536, else 4.2;
+    training rows grow by `ratio`. surprise, herding and diversity: one forward pass over the
+    task's rows at its end; the last two hold hidden size × 4 bytes a row meanwhile.
 Use when: old training rows may be kept. A few per cent usually remove most of the forgetting.
 Not when: old data must not be stored, or only knowledge of the base model is at stake, for which
     there are no rows to keep.
 Differs from the paper: rows are mixed into the task's data set and shuffled with it, instead of one
-    memory batch beside each new batch; the reservoir is filled when a task ends.
+    memory batch beside each new batch; rows are chosen when a task ends, by the model that has
+    learned it. herding goes by the mean last hidden state of a row; surprise is the choice of rows
+    only, without SuRe's slow and fast adapters.
 Status: contract tested
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from datasets import Dataset
 from pydantic import Field, PrivateAttr
 
-from keeptune.buffer import Buffer
+from keeptune.buffer import Buffer, Policy, Unit
 from keeptune.method import Context, Method, State
+from keeptune.methods._measure import features, losses
+
+Weight = Annotated[float, Field(ge=0)]
 
 
-def rows_to_replay(new_rows: int, ratio: float) -> int:
-    """How many old rows go with `new_rows` new ones: round(ratio · new)."""
-    return round(ratio * new_rows)
+def amount_to_replay(new: int, ratio: float) -> int:
+    """How many old rows, or tokens, go with `new` new ones: round(ratio · new)."""
+    return round(ratio * new)
 
 
 class Replay(Method):
     """Mix rows of earlier tasks into each new task.
 
-    When fewer rows are kept than `ratio` asks for, all of them are used once and the shortfall is
-    reported; none is repeated.
+    When less is kept than `ratio` asks for, all of it is used once and the shortfall is reported;
+    only with `repeats` does a row come twice.
     """
 
-    ratio: float = Field(0.2, ge=0, le=100, description="old rows for each new row")
+    policy: Policy = Field("reservoir", description="which rows are kept")
+    ratio: float = Field(0.2, ge=0, le=100, description="old rows, or tokens, for each new one")
+    count: Unit = Field("rows", description="what `ratio` counts")
     size: int = Field(2000, ge=1, description="rows kept over all earlier tasks")
+    task_weights: dict[str, Weight] = Field(
+        {}, description="how likely a task's rows are drawn; 1 where not named, 0 for never"
+    )
+    repeats: bool = Field(False, description="whether a row may be drawn more than once a task")
 
     neutral: ClassVar[dict[str, Any]] = {"ratio": 0.0}
     proof: ClassVar[str] = "rows_replayed"
@@ -46,37 +61,56 @@ class Replay(Method):
     _buffer: Buffer = PrivateAttr()
 
     def model_post_init(self, context: Any, /) -> None:
-        """Start with an empty reservoir."""
+        """Start with an empty buffer."""
         super().model_post_init(context)
-        self._buffer = Buffer(self.size)
+        self._buffer = Buffer(self.size, self.policy)
 
     def data(self, ctx: Context, dataset: Dataset) -> Dataset:
-        """The rows given, plus rows drawn from the reservoir."""
-        wanted = rows_to_replay(len(ctx.dataset), self.ratio)
-        drawn = self._buffer.draw(wanted, ctx.random("replay"))
+        """The rows given, plus rows drawn from the buffer."""
+        new = len(ctx.dataset)
+        if self.count == "tokens":
+            new = sum(len(ids) for ids in ctx.dataset["input_ids"])
+        wanted = amount_to_replay(new, self.ratio)
+        drawn = self._buffer.draw(
+            wanted,
+            ctx.random("replay"),
+            unit=self.count,
+            weights=self.task_weights,
+            repeats=self.repeats,
+        )
+        got = len(drawn) if self.count == "rows" else self._buffer.tokens(drawn)
+        short = max(0, wanted - got) if len(self._buffer) else 0
         self._evidence.update(
-            rows_replayed=len(drawn),
-            rows_by_task=self._buffer.tasks(drawn),
-            rows_new=len(ctx.dataset),
-            rows_short=wanted - len(drawn) if len(self._buffer) else 0,
-            rows_kept=len(self._buffer),
+            {
+                "rows_replayed": len(drawn),
+                "rows_by_task": self._buffer.tasks(drawn),
+                "rows_repeated": len(drawn) - len(set(drawn)),
+                "rows_new": len(ctx.dataset),
+                "rows_kept": len(self._buffer),
+                f"{self.count}_short": short,
+            }
         )
         if not drawn:
             return dataset
         return self._buffer.beside(dataset, drawn)
 
     def end_task(self, ctx: Context) -> None:
-        """Show the task's rows to the reservoir."""
-        self._buffer.add(ctx.dataset, ctx.task, ctx.random("reservoir"))
+        """Show the task's rows to the buffer."""
+        values = None
+        if self.policy == "surprise":
+            values = losses(ctx)
+        elif self.policy in ("herding", "diversity"):
+            values = features(ctx)
+        self._buffer.add(ctx.dataset, ctx.task, ctx.random(self.policy), values)
 
     def state(self) -> State:
-        """The reservoir."""
+        """The buffer."""
         return self._buffer.state()
 
     def restore(self, ctx: Context, state: State) -> None:
-        """Take the reservoir back."""
+        """Take the buffer back."""
         self._buffer.restore(state)
 
     def declared_bytes(self, ctx: Context) -> int:
-        """8 bytes a token and 8 a row."""
+        """Of each token its id and a bit; of each row its length, task, class and rank."""
         return self._buffer.nbytes()
