@@ -803,7 +803,8 @@ def test_an_implicit_step_is_another(cls: type[Anchored]) -> None:
 class LooksLate(SI):
     """Waits for its turn in the list, when others have edited the gradient."""
 
-    reads_the_step: ClassVar[bool] = False
+    def reads_the_step(self, ctx: Context) -> bool:
+        return False
 
 
 class Penalised(SI):

@@ -22,26 +22,32 @@ def tensor(*values: float) -> Tensor:
 
 
 def test_layer_weights_by_hand() -> None:
-    # Norms 1, 2, 3 have the mean 2: softmax of 1/2, 1, 3/2.
-    powers = [math.exp(0.5), math.exp(1.0), math.exp(1.5)]
+    # Norms 1, 2, 4: softmax of 1/4, 1/2, 1.
+    powers = [math.exp(0.25), math.exp(0.5), math.exp(1.0)]
     want = tensor(*powers) / sum(powers)
-    torch.testing.assert_close(layer_weights(tensor(1.0, 2.0, 3.0), 1.0), want)
+    torch.testing.assert_close(layer_weights(tensor(1.0, 2.0, 4.0), 1.0), want)
 
 
 def test_a_temperature_by_hand() -> None:
-    # softmax of 1/4 and 3/4: 1 / (1 + √e).
+    # softmax of 1/6 and 1/2.
     got = layer_weights(tensor(1.0, 3.0), 2.0)
-    torch.testing.assert_close(got[0], tensor(1 / (1 + math.exp(0.5)))[0])
+    torch.testing.assert_close(got[0], tensor(1 / (1 + math.exp(1 / 3)))[0])
     flat = layer_weights(tensor(1.0, 3.0), 1e6)
     torch.testing.assert_close(flat, tensor(0.5, 0.5), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("unit", [1e-15, 1e-6, 1.0, 1e12])
 def test_layer_weights_do_not_depend_on_the_unit_of_importance(unit: float) -> None:
-    # Norms of 1 and 100: softmax of 2/101 and 200/101, so that 1 layer gets 1 / (1 + e^(198/101)).
+    # Norms of 1 and 100: softmax of 1/100 and 1.
     got = layer_weights(tensor(1.0, 100.0) * unit, 1.0)
-    torch.testing.assert_close(got[0], tensor(1 / (1 + math.exp(198 / 101)))[0])
-    assert 0.12 < float(got[0]) < 0.13
+    torch.testing.assert_close(got[0], tensor(1 / (1 + math.exp(0.99)))[0])
+
+
+def test_no_layer_takes_all_among_many() -> None:
+    norms = torch.ones(210, dtype=torch.float64)
+    norms[7] = 1e6
+    alpha = layer_weights(norms, 1.0)
+    assert float(alpha.max() / alpha.min()) == pytest.approx(math.e, rel=1e-5)
 
 
 def test_the_softmax_of_the_bare_norms_would_saturate_or_see_nothing() -> None:
@@ -88,7 +94,7 @@ def test_the_penalty_by_hand() -> None:
     model, method = Two(), Hierarchical(strength=10.0, damping=1.0)
     walk(method, model, 0, FIRST)
     norms = tensor(0.5, math.hypot(0.9, 0.8))
-    alpha = torch.softmax(norms / norms.mean(), 0)
+    alpha = torch.softmax(norms / norms.max(), 0)
     kept = method.state().tensors
     torch.testing.assert_close(kept["importance/one"], alpha[0] * tensor(0.5))
     torch.testing.assert_close(kept["importance/two"], alpha[1] * tensor(0.9, 0.8))
@@ -150,7 +156,7 @@ def test_tiny_importances_are_weighed_like_large_ones() -> None:
         method.after_step(ctx)
         method.end_task(ctx)
         alphas.append(method.evidence()["largest_layer_weight"])
-    assert alphas == pytest.approx([1 / (1 + math.exp(-198 / 101))] * 2)
+    assert alphas == pytest.approx([1 / (1 + math.exp(-0.99))] * 2)
 
 
 # -- under LoRA -----------------------------------------------------------------------------------

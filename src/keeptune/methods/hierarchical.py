@@ -4,7 +4,7 @@ Paper: Song et al. 2025, How to alleviate catastrophic forgetting in LLMs finetu
     layer-wise and element-wise regularization, https://arxiv.org/abs/2501.13669
 Equation: L(w) + strength/2 Σ_l α_l Σ_i Ω_li (w_li − w*_li)²; Ω_li = max(0, −Σ_steps g_li Δw_li) /
     (d_li² + damping) over the general task, α_l = softmax over layers of ‖Ω_l‖ / (temperature ·
-    mean norm), w* the weights at the general task's end
+    largest norm), w* the weights at the general task's end
 Changes: begin_task, gradients, after_step, end_task
 Cost: 3 floats per held weight while the general task is learned (anchor, path, a copy of the
     gradient between backward and step), 2 after it; no extra forward or backward pass. Under LoRA
@@ -14,7 +14,8 @@ Use when: general data are to be had, and general ability must outlive the tasks
 Not when: there are no such data, or each new task must be kept as well (si adds up all tasks).
 Differs from the paper: the general data are the first task of the stream, since a model learns
     them like any other; all later tasks are held. Softmax of the bare norms gives one layer
-    everything, so they are divided by their mean; the evidence shows the largest α. Every weight
+    everything, and of norms over their mean still 85 % on SmolLM2; so they are divided by the
+    largest, and no α is more than e^(1/temperature) times another. Every weight
     tensor counts as a layer. The sum of α is 1, so a number as strength weakens with their count.
     The path is that of the real optimizer, not of SGD. The paper's λ is strength / 2.
 Status: contract tested
@@ -29,19 +30,15 @@ from pydantic import Field
 from torch import Tensor
 
 from keeptune.method import Context
-from keeptune.methods._anchor import (
-    ON,
-    Travelled,
-    Weights,
-    sum_of_squares,
-)
+from keeptune.methods._anchor import ON, Travelled, Weights, sum_of_squares
 
 
 def layer_weights(norms: Tensor, temperature: float) -> Tensor:
-    """α_l = softmax over layers of ‖Ω_l‖ / (temperature · mean norm).
+    """α_l = softmax over layers of ‖Ω_l‖ / (temperature · largest norm).
 
     Song et al. 2025 take the softmax of the norms themselves, which saturates: with norms of 1 and
-    100 the second layer gets everything, and with 1e-6 and 1e-4 both get the same.
+    100 the second layer gets everything, and with 1e-6 and 1e-4 both get the same. Here no layer
+    weighs more than e^(1/temperature) times another.
 
     Args:
         norms: [layers], at least 0.
@@ -50,8 +47,8 @@ def layer_weights(norms: Tensor, temperature: float) -> Tensor:
     Returns:
         [layers], their sum is 1.
     """
-    mean = norms.mean()
-    return torch.softmax(norms / (temperature * mean) if mean > 0 else norms, 0)
+    largest = norms.max()
+    return torch.softmax(norms / (temperature * largest) if largest > 0 else norms, 0)
 
 
 class Hierarchical(Travelled):
