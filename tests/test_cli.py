@@ -354,9 +354,12 @@ def test_a_methods_card_and_settings(keeptune: Call) -> None:
 def test_cards_as_markdown(keeptune: Call) -> None:
     code, out, _ = keeptune("methods", "--markdown")
     assert code == 0
-    assert out.startswith("| name | what it does | use when |\n|---|---|---|\n| [`ewc`](#ewc) |")
+    assert out.startswith("| name | what it does | use when |\n|---|---|---|\n| [`agem`](#agem) |")
     assert "\n## replay\n" in out
-    assert "\n| `ratio` | `0.2` | number, ≥ 0, ≤ 100 | old rows for each new row |\n" in out
+    assert (
+        "\n| `ratio` | `0.2` | number, ≥ 0, ≤ 100 | old rows, or tokens, for each new one |\n"
+        in out
+    )
     code, out, _ = keeptune("methods", "wise", "--markdown")
     assert out.startswith("## wise\n")
 
