@@ -27,10 +27,10 @@ from keeptune.likelihood import (
     sequence_guesses,
     sequence_losses,
 )
+from keeptune.method import IGNORED
 from keeptune.rows import Rows, Shape, answer, as_text, label_id, options, question
 from keeptune.scorers import check_score, text_score
 from keeptune.tokens import (
-    IGNORED,
     Ids,
     cut_left,
     encode,

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from keeptune.errors import MethodError, suggest
 
-IGNORED = -100
+IGNORED = -100  # a label without loss, as everywhere in torch
+OPTIONS = "options"  # a column for methods, which no trainer sees: the rows of every choice
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
 
@@ -82,8 +83,13 @@ class Context:
         return np.random.default_rng(list(hashlib.sha256(text).digest()))
 
     def batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """Collate rows and move them to the model's device."""
-        return {k: v.to(self.device) for k, v in self.collate(list(rows)).items()}
+        """Collate rows, without their options, and move them to the model's device."""
+        plain = [{k: v for k, v in row.items() if k != OPTIONS} for row in rows]
+        return {k: v.to(self.device) for k, v in self.collate(plain).items()}
+
+    def outputs(self, batch: Batch, **asked: Any) -> Any:
+        """What the model gives for a batch, without its own loss."""
+        return self.model(**{k: v for k, v in batch.items() if k != "labels"}, **asked)
 
     def answer_logits(self, logits: Tensor, batch: Batch) -> Tensor:
         """The logits that predict an answer: [B, L, V] or [B, V] to [N, V]."""
@@ -107,6 +113,11 @@ class Context:
             values: [N], one value for each answer of this micro batch.
         """
         return values.sum() / self.answers_in_step
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least: in 16 bits small terms and products vanish."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @dataclass

@@ -37,8 +37,7 @@ from trl import SFTTrainer
 from keeptune import state
 from keeptune.disk import new_folder
 from keeptune.errors import DataError, MethodError, TrainingError
-from keeptune.method import IGNORED, Batch, Chain, Context, Method
-from keeptune.tokens import OPTIONS
+from keeptune.method import IGNORED, OPTIONS, Batch, Chain, Context, Method
 
 # At run time the trainer comes from the class that mixes this in.
 _Base: Any = object

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.errors import DataError
+from keeptune.method import IGNORED, OPTIONS
 from keeptune.rows import (
     Messages,
     Row,
@@ -32,8 +33,6 @@ from keeptune.rows import (
     question,
 )
 
-IGNORED = -100  # a label without loss, as everywhere in torch
-OPTIONS = "options"  # a column for methods, which no trainer sees
 Ids = list[int]
 
 

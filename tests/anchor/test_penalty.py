@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, State
-from keeptune.methods._anchor.penalty import Anchored, Weighted, is_measured, sum_of_squares
+from keeptune.methods._anchor.importance import Weighted
+from keeptune.methods._anchor.penalty import Anchored, is_measured, sum_of_squares
 from keeptune.methods.ewc import EWC
 from pencil import Softmax, context, examples
 

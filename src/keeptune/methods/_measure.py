@@ -12,8 +12,10 @@ from torch import Tensor, distributed
 
 from keeptune.errors import MethodError
 from keeptune.method import IGNORED, Batch, Context
-from keeptune.methods._anchor.examples import require_answers, undisturbed
+from keeptune.methods._anchor.examples import require_answers
 from keeptune.methods._anchor.objectives import log_likelihood
+from keeptune.methods._anchor.shards import processes
+from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.rowstore import COLUMNS
 
 BATCH = 8  # rows in one forward
@@ -71,10 +73,9 @@ def _every_row(ctx: Context, measure: Measure, **asked: Any) -> NDArray[np.float
     with undisturbed(ctx, {}), torch.no_grad():
         for begin in range(0, len(order), BATCH):
             batch = ctx.batch([dataset[int(row)] for row in order[begin : begin + BATCH]])
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            parts.append(measure(batch, ctx.model(**inputs, **asked)).float())
+            parts.append(measure(batch, ctx.outputs(batch, **asked)).float())
     values = torch.cat(parts)
-    if distributed.is_available() and distributed.is_initialized():
+    if processes()[1] > 1:
         # Every process goes through all rows; what differs by rounding must not decide.
         distributed.broadcast(values, 0)
     found = values.cpu().numpy()

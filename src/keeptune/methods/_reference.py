@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
 from keeptune.errors import MethodError
-from keeptune.method import Context, Method, State
+from keeptune.method import Context, Method, State, wide
+from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.weights import blocks
 
 Gradient = list[Tensor]  # one tensor for each weight
@@ -45,21 +46,17 @@ def mean_gradient(
         rows: The same in all processes.
         words: What the random numbers depend on besides seed and task.
     """
-    together = distributed.is_available() and distributed.is_initialized()
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    rank, world = processes()
     batch = ctx.batch(list(rows))
     answers = max(1, ctx.answer_labels(batch).numel())
     batch = {key: value[rank::world] for key, value in batch.items()}
     if not len(batch["labels"]):
         found = [torch.zeros_like(weight) for weight in weights]
     else:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(int(ctx.random(*words, rank).integers(2**63)))
-            logits = ctx.answer_logits(ctx.model(**inputs).logits, batch)
-            # A sum in 16 bits would lose small terms.
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(wide, ctx.answer_labels(batch), reduction="sum")
+            logits = ctx.answer_logits(ctx.outputs(batch).logits, batch)
+            loss = F.cross_entropy(wide(logits), ctx.answer_labels(batch), reduction="sum")
             loss = loss * (ctx.grad_scale / answers)
             found = list(torch.autograd.grad(loss, weights, materialize_grads=True))
     if world > 1:
@@ -82,8 +79,7 @@ def inner_products(gradients: Sequence[Gradient]) -> Tensor:
     for tensors in zip(*gradients, strict=True):
         flat = [tensor.reshape(-1) for tensor in tensors]
         for span in blocks(flat[0]):
-            block = torch.stack([values[span] for values in flat])
-            block = block.to(torch.promote_types(block.dtype, torch.float32))
+            block = wide(torch.stack([values[span] for values in flat]))
             total += (block @ block.T).to(total.device)
     return total.cpu()
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from keeptune.method import Batch, Context, Method, State
-from keeptune.methods._anchor.examples import OPTIONS, undisturbed
+from keeptune.method import Batch, Context, Method, State, wide
+from keeptune.methods._anchor.undisturbed import undisturbed
 
 ROWS = 8  # rows in one forward of the pass for the limits
 
@@ -38,15 +38,14 @@ ROWS = 8  # rows in one forward of the pass for the limits
 def top_entropy(logits: Tensor, top_k: int) -> Tensor:
     """Entropy of softmax over the k largest logits, over ln k: [N, V] to [N], 0 to 1."""
     largest = logits.topk(min(top_k, logits.shape[-1]), sorted=False).values
-    log_p = largest.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = wide(largest).log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     return (entropy / math.log(largest.shape[-1])).clamp(0, 1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """−log p of each answer: [N, V] and [N] to [N], in nats."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, reduction="none")
+    return F.cross_entropy(wide(logits), labels, reduction="none")
 
 
 class EAFT(Method):
@@ -79,10 +78,8 @@ class EAFT(Method):
         found = []
         with undisturbed(ctx, {}):
             for begin in range(0, len(chosen), ROWS):
-                rows = [ctx.dataset[row] for row in chosen[begin : begin + ROWS]]
-                batch = ctx.batch([{k: v for k, v in r.items() if k != OPTIONS} for r in rows])
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                logits = ctx.answer_logits(ctx.model(**inputs).logits, batch)
+                batch = ctx.batch([ctx.dataset[row] for row in chosen[begin : begin + ROWS]])
+                logits = ctx.answer_logits(ctx.outputs(batch).logits, batch)
                 p = (-cross_entropy(logits, ctx.answer_labels(batch))).exp()
                 found.append(torch.stack([top_entropy(logits, self.top_k), p]))
         for module in ctx.model.modules():

@@ -35,14 +35,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from keeptune.errors import MethodError
-from keeptune.method import Context
-from keeptune.methods._anchor import Weighted, Weights
+from keeptune.method import OPTIONS, Context
+from keeptune.methods._anchor import Examined, Weights
 from keeptune.methods._anchor.examples import (
-    OPTIONS,
     batched_sums,
     choice_sums,
     example_sums,
-    require_answers,
     sign_sums,
 )
 from keeptune.methods._anchor.objectives import all_labels, log_likelihood, sampled
@@ -102,11 +100,10 @@ def consolidate(anchor: Tensor, total: Tensor, weight: Tensor, fisher: Tensor) -
     anchor.add_(share * (weight - anchor))
 
 
-class EWC(Weighted):
+class EWC(Examined):
     """A quadratic pull towards the weights after earlier tasks, by importance."""
 
     fisher: Estimator = Field("empirical", description="how the Fisher is estimated, see the card")
-    examples: int = Field(256, ge=1, description="rows per task for the Fisher, at most")
     form: Literal["separate", "online"] = Field(
         "separate", description="a term for each task, or one running term"
     )
@@ -124,11 +121,8 @@ class EWC(Weighted):
             )
         return self
 
-    def begin_task(self, ctx: Context) -> None:
-        """Refuse what `end_task` could not do, before the task is trained."""
-        super().begin_task(ctx)
-        if self.strength != 0:
-            require_answers(ctx, every=self.fisher == "exact")
+    def _needs_every_answer(self) -> bool:
+        return self.fisher == "exact"
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
@@ -136,9 +130,8 @@ class EWC(Weighted):
         if self.strength == 0:
             return
         weights = self._weights(ctx)
-        rows = ctx.random("fisher").permutation(len(ctx.dataset))[: self.examples].tolist()
-        with torch.enable_grad():
-            fisher, how = fisher_diagonal(ctx, weights.parameters, rows, self.fisher)
+        rows = self._rows(ctx, "fisher")
+        fisher, how = fisher_diagonal(ctx, weights.parameters, rows, self.fisher)
         if self.form == "online" if self.normalise is None else self.normalise:
             mean = self._mean(weights, fisher)
             for one in fisher.values():

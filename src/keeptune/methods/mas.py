@@ -24,24 +24,17 @@ import torch
 from pydantic import Field
 
 from keeptune.method import Context
-from keeptune.methods._anchor import Weighted
-from keeptune.methods._anchor.examples import example_sums, require_answers
+from keeptune.methods._anchor import Examined
+from keeptune.methods._anchor.examples import example_sums
 from keeptune.methods._anchor.objectives import squared_norm
 
 
-class MAS(Weighted):
+class MAS(Examined):
     """A quadratic pull towards the weights after earlier tasks, by what the answers hang on."""
 
-    examples: int = Field(256, ge=1, description="rows per task for the importance, at most")
     top_k: int | None = Field(
         None, ge=1, description="only the largest logits of each answer count; default: all"
     )
-
-    def begin_task(self, ctx: Context) -> None:
-        """Refuse what `end_task` could not do, before the task is trained."""
-        super().begin_task(ctx)
-        if self.strength != 0:
-            require_answers(ctx, every=False)
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
@@ -49,11 +42,9 @@ class MAS(Weighted):
         if self.strength == 0:
             return
         weights = self._weights(ctx)
-        rows = ctx.random("mas").permutation(len(ctx.dataset))[: self.examples].tolist()
-        with torch.enable_grad():
-            sums, how = example_sums(
-                ctx, weights.parameters, rows, squared_norm(self.top_k), "absolute"
-            )
+        rows = self._rows(ctx, "mas")
+        objective = squared_norm(self.top_k)
+        sums, how = example_sums(ctx, weights.parameters, rows, objective, "absolute")
         for name in weights.names():
             importance = sums.pop(name).div_(len(rows))
             self._keep_importance(name, self._importance_of(weights, name).add_(importance))

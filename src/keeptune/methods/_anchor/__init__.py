@@ -1,15 +1,13 @@
 """What the methods with a quadratic penalty share; each of them has its own file and card."""
 
+from keeptune.methods._anchor.importance import ON, Examined, Weighted
 from keeptune.methods._anchor.path import PathIntegral, Travelled
 from keeptune.methods._anchor.penalty import (
-    ON,
     SHARE,
     Anchored,
     Strength,
-    Weighted,
     is_measured,
     sum_of_squares,
-    wide,
 )
 from keeptune.methods._anchor.weights import Effective, Weights, blocks
 
@@ -18,6 +16,7 @@ __all__ = [
     "SHARE",
     "Anchored",
     "Effective",
+    "Examined",
     "PathIntegral",
     "Strength",
     "Travelled",
@@ -26,5 +25,4 @@ __all__ = [
     "blocks",
     "is_measured",
     "sum_of_squares",
-    "wide",
 ]

@@ -10,23 +10,21 @@ weights (FSDP2) every process has the sums of its own shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
-from keeptune.method import Batch, Context
+from keeptune.method import OPTIONS, Batch, Context
 from keeptune.methods._anchor.hooks import ExampleHooks, Power, Uncovered, add_raised, raised
 from keeptune.methods._anchor.objectives import Objective, choices
-from keeptune.methods._anchor.shards import local
+from keeptune.methods._anchor.shards import local, processes
+from keeptune.methods._anchor.undisturbed import undisturbed
 
 Weights = dict[str, nn.Parameter]
 Sums = dict[str, Tensor]
-OPTIONS = "options"  # the column with the rows of every choice
 
 
 def example_sums(
@@ -124,7 +122,7 @@ def sign_sums(
         batch: Rows in one forward; it changes which signs are drawn.
     """
     measure = _Pass(ctx, weights, objective, _collating(ctx))
-    rank, world = _processes() if _may_differ(weights) else (0, 1)
+    rank, world = processes() if _may_differ(weights) else (0, 1)
     scale = float(world if measure.sharded else 1)  # FSDP takes the mean over the processes
     sums = measure.zeros()
     with undisturbed(ctx, weights):
@@ -158,7 +156,7 @@ def batched_sums(
         batch: Rows that share one gradient.
     """
     measure = _Pass(ctx, weights, objective, _collating(ctx))
-    rank, world = (0, 1) if measure.sharded else _processes()
+    rank, world = (0, 1) if measure.sharded else processes()
     sums = measure.zeros()
     with undisturbed(ctx, weights):
         for begin in range(0, len(rows), batch)[rank::world]:
@@ -188,7 +186,7 @@ class _Pass:
         if self.sharded:
             # Gradients become means over the processes: with the same row in all, that row's.
             return self._by_loop(rows, power), "loop"
-        rank, world = _processes()
+        rank, world = processes()
         mine = _longest_first(self.ctx, rows)[rank::world]
         sums = self._by_hooks(mine, power, batch)
         looped = torch.tensor(float(sums is None), device=self.ctx.device)
@@ -262,10 +260,9 @@ class _Pass:
     def values(self, rows: Sequence[int], hooks: ExampleHooks | None = None) -> list[Tensor]:
         """The objective's tensors for these rows."""
         batch = self.collate(rows)
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
         if hooks is not None:
-            hooks.expect(len(rows), len(next(iter(inputs.values()))))
-        return list(self.objective(batch, self.ctx.model(**inputs).logits, rows))
+            hooks.expect(len(rows), len(next(iter(batch.values()))))
+        return list(self.objective(batch, self.ctx.outputs(batch).logits, rows))
 
     def totals(
         self, rows: Sequence[int], hooks: ExampleHooks | None = None
@@ -300,51 +297,15 @@ class _Pass:
 
     def gathered(self, sums: Sums) -> Sums:
         """Add up what the processes have, in place, unless each has its own shards."""
-        if not self.sharded and _processes()[1] > 1:
+        if not self.sharded and processes()[1] > 1:
             for values in sums.values():
                 distributed.all_reduce(values)
         return sums
 
 
-@contextmanager
-def undisturbed(ctx: Context, weights: Weights) -> Iterator[None]:
-    """Eval mode, with only these weights requiring gradients; all is put back afterwards."""
-    modes = [(module, module.training) for module in ctx.model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in ctx.model.parameters()]
-    wanted = set(weights.values())
-    sharded = any(isinstance(p, DTensor) for p, *_ in parameters)
-    if sharded and not all(weight.requires_grad for weight in wanted):
-        raise MethodError(
-            "FSDP gives no gradients of frozen weights, which the importance of effective weights "
-            "needs. Use `on: factors`, or train without FSDP."
-        )
-    config: Any = getattr(ctx.model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    devices = [ctx.device] if ctx.device.type == "cuda" else []
-    try:
-        ctx.model.eval()
-        for parameter, *_ in parameters:
-            parameter.grad = None
-            if not sharded:  # FSDP has taken note of them
-                parameter.requires_grad_(parameter in wanted)
-        if caches:
-            config.use_cache = False  # keys and values for generation, which nobody reads
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, learned, gradient in parameters:
-            parameter.requires_grad_(learned)
-            parameter.grad = gradient
-        if caches:
-            config.use_cache = caches
-
-
 def _collating(ctx: Context) -> Callable[[Sequence[int]], Batch]:
     def collate(rows: Sequence[int]) -> Batch:
-        found = [ctx.dataset[int(row)] for row in rows]
-        return ctx.batch([{k: v for k, v in row.items() if k != OPTIONS} for row in found])
+        return ctx.batch([ctx.dataset[int(row)] for row in rows])
 
     return collate
 
@@ -357,12 +318,6 @@ def _longest_first(ctx: Context, rows: Sequence[int]) -> list[int]:
     lengths = [len(ids) for ids in ctx.dataset.select(numbers)["input_ids"]]
     order = sorted(range(len(numbers)), key=lambda i: -lengths[i])
     return [numbers[i] for i in order]
-
-
-def _processes() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    alone = not (distributed.is_available() and distributed.is_initialized())
-    return (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
 
 
 def _may_differ(weights: Weights) -> bool:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from keeptune.method import wide
+
 Power = Literal["square", "absolute"]
 # Elements of the buffer for gradients of one example: what stays in a core's cache; on a GPU the
 # launches of kernels count instead.
@@ -242,7 +244,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _normalised(module: Any, x: Tensor) -> Tensor:
     """What a norm multiplies by its weight (or by 1 + weight), in float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, x.shape[-1:], eps=module.eps)
     names: Iterable[str] = ("variance_epsilon", "eps")

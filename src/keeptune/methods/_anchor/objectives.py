@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from keeptune.errors import MethodError
-from keeptune.method import IGNORED, Batch, Context
+from keeptune.method import IGNORED, Batch, Context, wide
 
 # (batch, logits [B, L, V] or [B, C], row numbers) -> tensors [B]: one value an example.
 Objective = Callable[[Batch, Tensor, Sequence[int]], Iterable[Tensor]]
@@ -50,7 +50,7 @@ def all_labels(batch: Batch, logits: Tensor, rows: Sequence[int]) -> Iterator[Te
             "The exact Fisher goes through every possible answer, which only a classifier or rows "
             "with choices have. Use `fisher: sampled` for other language-model tasks."
         )
-    log_p = _wide(logits).log_softmax(-1)
+    log_p = wide(logits).log_softmax(-1)
     for c in range(logits.shape[1]):
         yield log_p[:, c].detach().exp().sqrt() * log_p[:, c]
 
@@ -66,7 +66,7 @@ def squared_norm(top_k: int | None = None) -> Objective:
         answers, _, owners = _answers(batch, logits)
         if top_k is not None and top_k < answers.shape[1]:
             answers = answers.topk(top_k, sorted=False).values
-        yield _by_row(_wide(answers).square().sum(1), owners, batch)
+        yield _by_row(wide(answers).square().sum(1), owners, batch)
 
     return objective
 
@@ -90,7 +90,7 @@ def draw_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         int64 [N]; a label of probability 0 is never drawn.
     """
-    heights = _wide(logits).softmax(-1).cumsum(-1)
+    heights = wide(logits).softmax(-1).cumsum(-1)
     below_one = 1 - torch.finfo(heights.dtype).eps
     aims = uniforms.to(heights.dtype).clamp(max=below_one)[:, None] * heights[:, -1:]
     return torch.searchsorted(heights, aims, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
@@ -113,12 +113,8 @@ def _answers(batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _log_p(answers: Tensor, labels: Tensor) -> Tensor:
-    return -F.cross_entropy(_wide(answers), labels, reduction="none")
+    return -F.cross_entropy(wide(answers), labels, reduction="none")
 
 
 def _by_row(values: Tensor, owners: Tensor, batch: Batch) -> Tensor:
     return values.new_zeros(len(batch["labels"])).index_add(0, owners, values)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

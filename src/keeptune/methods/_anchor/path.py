@@ -14,10 +14,11 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
 
-from keeptune.method import Context, State
+from keeptune.method import Context, State, wide
+from keeptune.methods._anchor.importance import Weighted
 from keeptune.methods._anchor.kept import Kept
-from keeptune.methods._anchor.penalty import Weighted, is_measured, wide
-from keeptune.methods._anchor.shards import Spec, part, whole
+from keeptune.methods._anchor.penalty import is_measured
+from keeptune.methods._anchor.shards import Spec, part, processes, whole
 from keeptune.methods._anchor.weights import Effective, Weights, blocks
 
 
@@ -115,10 +116,11 @@ class PathIntegral:
             gradient = weights.owner(name).grad
             return None if gradient is None else wide(weights.room(name).clone())
         gradient = self._gradient.get(name)
-        if gradient is not None and distributed.is_initialized():
+        _, world = processes()
+        if gradient is not None and world > 1:
             # What DDP does to the gradients of parameters.
             distributed.all_reduce(gradient)
-            gradient /= distributed.get_world_size()
+            gradient /= world
         return None if gradient is None else gradient.view(-1)
 
     def _pass(

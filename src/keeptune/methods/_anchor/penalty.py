@@ -15,7 +15,7 @@ from pydantic import Field, GetCoreSchemaHandler, PrivateAttr
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 
-from keeptune.method import Context, Method, State
+from keeptune.method import Context, Method, State, wide
 from keeptune.methods._anchor.kept import BLOCK, Kept, Place, Precision
 from keeptune.methods._anchor.shards import (
     Spec,
@@ -25,7 +25,7 @@ from keeptune.methods._anchor.shards import (
     sum_over_shards,
     whole,
 )
-from keeptune.methods._anchor.weights import Effective, Weights, blocks
+from keeptune.methods._anchor.weights import Weights, blocks
 
 # `strength: auto` is settled at the measured steps up to this one.
 LAST_TUNED = 32
@@ -57,18 +57,12 @@ def _kind(value: Any) -> str:
 
 Strength = Annotated[float | Literal["auto"], NumberOrAuto()]
 SHARE = "with strength auto: the pull's norm over the task gradient's, at first"
-ON = "under LoRA: hold the factors A and B, or the update ΔW = s·BA; else both are the weights"
 STRENGTH = "weight of the penalty, λ; auto: see `share`"
 
 
 def is_measured(step: int) -> bool:
     """Whether evidence is measured at this step: powers of two, and every 64th."""
     return step > 0 and (step & (step - 1) == 0 or step % 64 == 0)
-
-
-def wide(values: Tensor) -> Tensor:
-    """In float32 at least: products of small numbers would vanish in float16."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
@@ -307,50 +301,3 @@ class Anchored(Method):
             scales = 4 * -(-n // BLOCK) if self._precision() == "uint8" else 0
             total += n * each[self._precision()] + scales
         return total
-
-
-class Weighted(Anchored):
-    """Holds each weight by its importance."""
-
-    on: Literal["factors", "effective"] = Field("factors", description=ON)
-    precision: Precision = Field("float32", description="of the importances at rest")
-
-    def _weights(self, ctx: Context) -> Weights:
-        return Effective(ctx) if self.on == "effective" else Weights(ctx)
-
-    def _precision(self) -> Precision:
-        return self.precision
-
-    def _held(self, weights: Weights) -> list[str]:
-        """An anchor alone holds nothing: what has no importance yet is free."""
-        return [name for name in super()._held(weights) if name in self._importance]
-
-    def _keep_importance(self, name: str, importance: Tensor) -> None:
-        """Keep another importance, of the weight's shape."""
-        self._keep(self._importance, name, importance, self.precision)
-
-    def _importance_of(self, weights: Weights, name: str) -> Tensor:
-        """The present importance in floats, for writing; zeros before the first task's end."""
-        if name in self._importance:
-            return self._importance[name].full(weights.owner(name).device).clone()
-        value = weights.shaped(name, weights.value(name))
-        return torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
-
-    def _mean(self, weights: Weights, importances: dict[str, Tensor]) -> float:
-        """The mean of all importances; 1 if all are 0, so that one can divide by it."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        for importance in importances.values():
-            sums += torch.tensor([importance.sum(), importance.numel()], dtype=torch.float64)
-        total, count = self._over_shards(weights, sums)
-        return total / count if total else 1.0
-
-    def _show_importance(self, weights: Weights) -> None:
-        """Leave as evidence the sum of all importances and the bytes per weight at rest."""
-        total, kept, count = torch.zeros(1, dtype=torch.float64), 0, 0
-        for name in self._held(weights):
-            importance = self._importance[name]
-            total += importance.full(weights.owner(name).device).sum().cpu()
-            kept += self._anchor[name].nbytes + importance.nbytes
-            count += importance.numel
-        (self._evidence["importance_sum"],) = self._over_shards(weights, total)
-        self._evidence["bytes_per_weight"] = kept / max(count, 1)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed import all_reduce
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Replicate
 
 
@@ -28,6 +27,12 @@ class Spec:
     mesh: Any
     placements: tuple[Any, ...]
     shape: torch.Size
+
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    alone = not (distributed.is_available() and distributed.is_initialized())
+    return (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -110,5 +115,5 @@ def sum_over_shards(value: Tensor, parameter: Tensor) -> Tensor:
     for dimension, placement in enumerate(parameter.placements):
         # Along the other dimensions of the mesh all processes have the same shard.
         if placement.is_shard():
-            all_reduce(total, group=mesh.get_group(dimension))
+            distributed.all_reduce(total, group=mesh.get_group(dimension))
     return total
