@@ -64,6 +64,7 @@ class Loop:
         self.states = folder.path / "state"
         session.trainer.args.output_dir = str(folder.path / "logs")
         session.trainer.progress_root = self.states / "progress"
+        session.trainer.files = self.states / "files"
         session.trainer.watch(self._report, session.plan.checkpoint_minutes, stop)
 
     def run(self) -> None:
@@ -81,6 +82,7 @@ class Loop:
                 if row > done:
                     self.learn(row - 1)
                 self.evaluate(row)
+        self._remove_files()
 
     @contextmanager
     def _status(self) -> Iterator[None]:
@@ -165,6 +167,7 @@ class Loop:
             FolderError: The state is damaged; the message says which file, and from where the
                 run can go on.
         """
+        self._remove_files()
         done = self._states()
         if not done:
             return 0
@@ -177,6 +180,10 @@ class Loop:
         state.read_methods(path, self.session.chain, ctx)
         state.put_tensors(self.session.model, load_file(path / "weights.safetensors"))
         return done[-1]
+
+    def _remove_files(self) -> None:
+        # What counts of them has a second name in a state.
+        shutil.rmtree(self.states / "files", ignore_errors=True)
 
     def _way_out(self, path: Path, earlier: list[int]) -> str:
         tasks = self.session.plan.stream

@@ -55,23 +55,64 @@ class Ragged:
         lengths = self.lengths if positions is None else self.lengths[positions]
         return lengths.astype(np.int64)
 
-    def where(self, positions: Whole) -> Whole:
-        """Where the values of these rows lie, one row after another."""
-        lengths = self.counts(positions)
-        shift = self._begins(positions) - (np.cumsum(lengths) - lengths)
-        return np.repeat(shift, lengths) + np.arange(lengths.sum())
+    def span(self, row: int) -> tuple[int, int]:
+        """Where a row begins and ends in `values`."""
+        first = row // EVERY * EVERY
+        begin = self.starts.item(row // EVERY) + int(self.lengths[first:row].sum(dtype=np.int64))
+        return begin, begin + self.lengths.item(row)
 
-    def take(self, positions: Whole) -> Ragged:
-        """The rows at these positions, in that order."""
-        return Ragged.of(self.values[self.where(positions)], self.counts(positions))
-
-    def _begins(self, positions: Whole) -> Whole:
+    def begins(self, positions: Whole) -> Whole:
         """Where these rows begin in `values`."""
         first = positions // EVERY * EVERY
         before = first[:, None] + np.arange(EVERY)
         lengths = self.lengths[np.minimum(before, len(self) - 1)].astype(np.int64)
         past: Whole = (lengths * (before < positions[:, None])).sum(1)
         return self.starts[positions // EVERY] + past
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """As `Ragged`, where every row's place is known, which costs no memory in a file.
+
+    Attributes:
+        values: [T, ...], all rows' values in a line.
+        offsets: int32 [R + 1], where each row begins, and where the last one ends.
+    """
+
+    values: Numbers
+    offsets: Numbers
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def counts(self, positions: Whole | None = None) -> Whole:
+        """How many values these rows have, or all."""
+        if positions is None:
+            return np.diff(self.offsets).astype(np.int64)
+        return (self.offsets[positions + 1] - self.offsets[positions]).astype(np.int64)
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Where a row begins and ends in `values`."""
+        return self.offsets.item(row), self.offsets.item(row + 1)
+
+    def begins(self, positions: Whole) -> Whole:
+        """Where these rows begin in `values`."""
+        return self.offsets[positions].astype(np.int64)
+
+
+Column = Ragged | Mapped
+
+
+def where(column: Column, positions: Whole) -> Whole:
+    """Where the values of these rows lie, one row after another."""
+    lengths = column.counts(positions)
+    shift = column.begins(positions) - (np.cumsum(lengths) - lengths)
+    return np.repeat(shift, lengths) + np.arange(lengths.sum())
+
+
+def _taken(column: Column, positions: Whole) -> Ragged:
+    """The rows at these positions, in that order."""
+    return Ragged.of(column.values[where(column, positions)], column.counts(positions))
 
 
 @dataclass(frozen=True)
@@ -86,10 +127,10 @@ class Rows:
         extras: What else is kept of every row, by name.
     """
 
-    ids: Ragged
+    ids: Column
     labels: Numbers
     kind: str
-    extras: Mapping[str, Ragged] = field(default_factory=dict)
+    extras: Mapping[str, Column] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,7 +146,7 @@ class Rows:
         return {"labels": self.labels} | {
             f"{name}/{f.name}": getattr(part, f.name)
             for name, part in parts.items()
-            for f in fields(Ragged)
+            for f in fields(part)
         }
 
     @classmethod
@@ -157,6 +198,25 @@ class Rows:
         at = [self._take(positions[i : i + CHUNK]) for i in range(0, len(positions), CHUNK)]
         return joined(at)
 
+    def example(self, row: int) -> dict[str, Any]:
+        """One row as a collator takes it: `input_ids` and `labels`, lists or one number."""
+        begin, end = self.ids.span(row)
+        ids = self.ids.values[begin:end]
+        if self.kind == "classes":
+            return {"input_ids": ids.tolist(), "labels": self.labels.item(row)}
+        if self.kind == "tokens":
+            return {"input_ids": ids.tolist(), "labels": self.labels[begin:end].tolist()}
+        bits = np.unpackbits(self.labels[begin >> 3 : (end + 7) >> 3], bitorder="little")
+        answers = bits[begin & 7 : (begin & 7) + end - begin]
+        return {
+            "input_ids": ids.tolist(),
+            "labels": np.where(answers, ids, np.int32(IGNORED)).tolist(),
+        }
+
+    def besides(self, row: int) -> dict[str, Numbers]:
+        """What is kept of one row besides, by name: [m, ...]."""
+        return {name: part.values[slice(*part.span(row))] for name, part in self.extras.items()}
+
     def dataset(self, like: Dataset) -> Dataset:
         """All rows, with the types of `like`."""
         ends = np.concatenate([[0], np.cumsum(self.tokens())])
@@ -169,17 +229,18 @@ class Rows:
         return Dataset(pa.table(columns).cast(features.arrow_schema))
 
     def _take(self, positions: Whole) -> Rows:
-        at = self.ids.where(positions)
+        at = where(self.ids, positions)
         if self.kind == "answers":
-            labels = np.packbits(self.labels[at >> 3] >> (7 - (at & 7)) & 1)
+            labels = np.packbits(self.labels[at >> 3] >> (at & 7) & 1, bitorder="little")
         else:
             labels = self.labels[positions if self.kind == "classes" else at]
         ids = Ragged.of(self.ids.values[at], self.tokens(positions))
-        extras = {name: part.take(positions) for name, part in self.extras.items()}
+        extras = {name: _taken(part, positions) for name, part in self.extras.items()}
         return Rows(ids, labels, self.kind, extras)
 
     def _is_answer(self) -> NDArray[np.bool_]:
-        return np.unpackbits(self.labels, count=len(self.ids.values)).view(bool)
+        bits = np.unpackbits(self.labels, count=len(self.ids.values), bitorder="little")
+        return bits.view(bool)
 
     def _flat_labels(self) -> Numbers:
         if self.kind == "tokens":
@@ -202,8 +263,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     extras = {name: _in_line([part.extras[name] for part in parts]) for name in names}
     kinds = {part.kind for part in parts}
     if kinds == {"answers"}:
-        answers = np.packbits(np.concatenate([part._is_answer() for part in parts]))
-        return Rows(ids, answers, "answers", extras)
+        answers = np.concatenate([part._is_answer() for part in parts])
+        return Rows(ids, np.packbits(answers, bitorder="little"), "answers", extras)
     if kinds == {"classes"}:
         return Rows(ids, np.concatenate([part.labels for part in parts]), "classes", extras)
     if "classes" in kinds:
@@ -212,7 +273,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return Rows(ids, labels, "tokens", extras)
 
 
-def _in_line(parts: Sequence[Ragged]) -> Ragged:
+def _in_line(parts: Sequence[Column]) -> Ragged:
     values = np.concatenate([part.values for part in parts])
     return Ragged.of(values, np.concatenate([part.counts() for part in parts]))
 
@@ -235,7 +296,8 @@ def _from_table(table: Any) -> Rows:
         raise DataError("A row has not as many labels as tokens. Give every token one label.")
     answers = labels != IGNORED
     if np.array_equal(labels[answers], ids[answers]):
-        return Rows(Ragged.of(_small(ids), lengths), np.packbits(answers), "answers")
+        bits = np.packbits(answers, bitorder="little")
+        return Rows(Ragged.of(_small(ids), lengths), bits, "answers")
     return Rows(Ragged.of(_small(ids), lengths), labels.astype(np.int32), "tokens")
 
 

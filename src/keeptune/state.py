@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from keeptune.disk import write_atomic
+from keeptune.disk import link, write_atomic
 from keeptune.method import Chain, Context, State
 
 Tensors = dict[str, Tensor]
@@ -114,8 +114,12 @@ def write_methods(folder: Path | None, chain: Chain) -> dict[str, int]:
             continue
         stem = f"method-{index}-{method.name()}"
         sizes[method.name()] = write_tensors(folder / f"{stem}.safetensors", state.tensors)
+        files = {name: f"{stem}-{name.replace('/', '-')}" for name in state.files}
+        for name, file in files.items():
+            link(state.files[name], folder / file)
+            sizes[method.name()] += (folder / file).stat().st_size
         # In the middle of a task the evidence so far is state too.
-        kept = {"values": state.values, "evidence": method._evidence}
+        kept = {"values": state.values, "evidence": method._evidence, "files": files}
         write_json(folder / f"{stem}.json", kept)
     return sizes
 
@@ -126,7 +130,8 @@ def read_methods(folder: Path, chain: Chain, ctx: Context) -> None:
         stem = f"method-{index}-{method.name()}"
         tensors = load_file(folder / f"{stem}.safetensors")
         kept = read_json(folder / f"{stem}.json")
-        method.restore(ctx, State(tensors, kept["values"]))
+        files = {name: folder / file for name, file in kept["files"].items()}
+        method.restore(ctx, State(tensors, kept["values"], files))
         method._evidence.clear()
         method._evidence.update(kept["evidence"])
 

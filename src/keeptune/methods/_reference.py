@@ -178,26 +178,23 @@ class Referenced(Method):
         """Keep rows of the task."""
         if self.rows:
             buffer = self._buffers.setdefault(self._buffer_of(ctx.task), Buffer(self.size))
-            buffer.add(ctx.dataset, ctx.task, ctx.random("reservoir"))
+            buffer.add(ctx.dataset, ctx.task, ctx.random("reservoir"), folder=ctx.folder)
 
     def state(self) -> State:
         """The kept rows."""
-        states = {name: buffer.state() for name, buffer in self._buffers.items()}
-        tensors = {
-            f"{i}/{key}": tensor
-            for i, state in enumerate(states.values())
-            for key, tensor in state.tensors.items()
-        }
-        return State(tensors, {"buffers": {name: state.values for name, state in states.items()}})
+        whole = State(values={"buffers": list(self._buffers)})
+        for i, buffer in enumerate(self._buffers.values()):
+            part = buffer.state().under(str(i))
+            whole.tensors |= part.tensors
+            whole.files |= part.files
+        return whole
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the kept rows back."""
         self._buffers = {}
-        for i, (name, values) in enumerate(state.values["buffers"].items()):
-            start = f"{i}/"
-            own = {k[len(start) :]: t for k, t in state.tensors.items() if k.startswith(start)}
+        for i, name in enumerate(state.values["buffers"]):
             self._buffers[name] = Buffer(self.size)
-            self._buffers[name].restore(State(own, values))
+            self._buffers[name].restore(state.part(str(i)), ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """The kept rows."""

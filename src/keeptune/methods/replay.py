@@ -101,7 +101,8 @@ class Replay(Method):
             values = losses(ctx)
         elif self.policy in ("herding", "diversity"):
             values = features(ctx)
-        self._buffer.add(ctx.dataset, ctx.task, ctx.random(self.policy), values)
+        random = ctx.random(self.policy)
+        self._buffer.add(ctx.dataset, ctx.task, random, values, folder=ctx.folder)
 
     def state(self) -> State:
         """The buffer."""
@@ -109,7 +110,7 @@ class Replay(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the buffer back."""
-        self._buffer.restore(state)
+        self._buffer.restore(state, ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """Of each token its id and a bit; of each row its length, task, class and rank."""
