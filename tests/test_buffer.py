@@ -13,9 +13,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from keeptune.buffer import Buffer, even_shares, reservoir
+from keeptune.buffer import Buffer
 from keeptune.errors import DataError
 from keeptune.method import State
+from keeptune.places import even_shares, reservoir
 from pencil import examples, texts
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from keeptune.buffer import Buffer, Policy, even_shares, reservoir
+from keeptune.buffer import Buffer, Policy
 from keeptune.method import State
+from keeptune.places import even_shares, reservoir
 from keeptune.rowstore import Rows, joined
 from keeptune.selection import herd, spread
 from pencil import examples, texts

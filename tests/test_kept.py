@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -164,7 +163,7 @@ def test_nothing_is_copied_when_a_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     write = rowfiles.write
 
@@ -173,7 +172,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         write(path, rows)
 
     monkeypatch.setattr(rowfiles, "write", counted)
-    yield sizes
+    return sizes
 
 
 @pytest.mark.parametrize("batch", [1, 3, 40])

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
+from torch import Tensor
 
 from keeptune.errors import DataError
 from keeptune.kept import BLOCK, Kept
 from keeptune.method import State
+from keeptune.places import even_shares, reservoir
 from keeptune.rowstore import COLUMNS, Rows
 from keeptune.selection import herd, spread
 
@@ -70,6 +72,10 @@ class Buffer:
         """How many of these rows each task gave."""
         found = np.bincount(self._tasks[positions], minlength=len(self._names))
         return {name: int(n) for name, n in zip(self._names, found, strict=True) if n}
+
+    def owners(self, positions: list[int] | Order) -> list[str]:
+        """The task that gave each of these rows."""
+        return [self._names[number] for number in self._tasks[positions].tolist()]
 
     def tokens(self, positions: list[int]) -> int:
         """Tokens of these rows together."""
@@ -321,11 +327,22 @@ class Buffer:
             state: Further tensors in it are passed over.
             folder: Where files may be made (`ctx.folder`).
         """
-        arrays = {name: tensor.numpy() for name, tensor in state.tensors.items() if _is_own(name)}
+        arrays = {name: tensor.numpy() for name, tensor in self.tensors_of(state).items()}
         about = json.loads(arrays["about"].tobytes())
         self.seen, self._names = about["seen"], about["names"]
         self._tasks, self._ranks = arrays["tasks"], arrays["ranks"]
         self._rows = Kept.restored(arrays, about["kind"], state.files, folder)
+
+    @staticmethod
+    def tensors_of(state: State) -> dict[str, Tensor]:
+        """Of a method's state what a buffer gave."""
+        own = ("about", "at", "tasks", "ranks")
+        return {n: t for n, t in state.tensors.items() if n in own or n.startswith("rows/")}
+
+    @property
+    def has_dead(self) -> bool:
+        """Whether files still hold rows that are kept no longer."""
+        return self._rows.has_dead
 
     def nbytes(self) -> int:
         """Bytes of the kept rows and of what is known of them, in memory and in files."""
@@ -336,56 +353,10 @@ class Buffer:
         return self._rows.on_disk
 
 
-def _is_own(name: str) -> bool:
-    return name in ("about", "at", "tasks", "ranks") or name.startswith("rows/")
-
-
-def reservoir(
-    kept: int, new: int, seen: int, size: int | None, random: np.random.Generator
-) -> Order:
-    """Algorithm R (Vitter 1985): after n rows each is kept with probability min(1, size / n).
-
-    Args:
-        kept: Places that are taken; fewer than `seen` and `size` after rows were deleted.
-        new: Rows that come now.
-        seen: Rows that came before.
-        size: All places; None for as many as there are rows.
-        random: Its numbers decide which row takes which place.
-
-    Returns:
-        What each place then holds: the number of a place before, or `kept` + that of a new row.
-    """
-    if size is None:
-        return np.arange(kept + new)
-    filled = min(seen, size)
-    free = min(size - filled, new)
-    # Rows that were deleted left places empty; which, is all the same.
-    empty = np.full(filled - kept, -1)
-    order = np.concatenate([np.arange(kept), empty, kept + np.arange(free)])
-    # The n-th row of all takes the place that it draws among n, if there is such a place.
-    places = random.integers(np.arange(seen + free, seen + new) + 1)
-    taken = places < size
-    np.put(order, places[taken], kept + np.arange(free, new)[taken])  # the last one stays
-    return order[order >= 0]
-
-
-def even_shares(sizes: NDArray[np.integer], places: int) -> list[int]:
-    """Places shared out as evenly as can be, none getting more than it can fill.
-
-    Args:
-        sizes: What each could fill.
-        places: How many there are.
-
-    Returns:
-        min(size, level) for each, the first ones one more where places are left over.
-    """
-    left, level = places, 0
-    for above, size in zip(range(len(sizes), 0, -1), sorted(sizes.tolist()), strict=True):
-        level = min(size, left // above)
-        if level < size:
-            break
-        left -= size
-    shares = np.minimum(sizes, level)
-    (more,) = np.nonzero(sizes > level)
-    shares[more[: places - int(shares.sum())]] += 1
-    return [int(share) for share in shares]
+def buffers_in(state: State) -> list[str]:
+    """Under which names a method's state has buffers; "" where it is one itself."""
+    return [
+        name.removesuffix("rows/labels").removesuffix("/")
+        for name in state.tensors
+        if name == "rows/labels" or name.endswith("/rows/labels")
+    ]

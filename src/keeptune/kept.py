@@ -30,6 +30,11 @@ BLOCK = 8192  # rows in a file
 class _Block:
     rows: Rows
     path: Path
+    size: int  # bytes of the file
+
+    @classmethod
+    def read(cls, path: Path) -> _Block:
+        return cls(rowfiles.read(path), path, path.stat().st_size)
 
 
 class Kept:
@@ -104,7 +109,12 @@ class Kept:
     @property
     def on_disk(self) -> int:
         """Bytes of all files."""
-        return sum(block.path.stat().st_size for block in self._blocks)
+        return sum(block.size for block in self._blocks)
+
+    @property
+    def has_dead(self) -> bool:
+        """Whether files hold rows that are at no position."""
+        return int(self._starts[-1]) + len(self._loose) > len(self)
 
     # -- changing -----------------------------------------------------------------------------
 
@@ -244,7 +254,7 @@ class Kept:
             if folder is not None:
                 path = _new_name(folder)
                 link(file, path)
-            kept._blocks.append(_Block(rowfiles.read(path), path))
+            kept._blocks.append(_Block.read(path))
         kept._starts = _starts([block.rows for block in kept._blocks])
         return kept
 
@@ -257,7 +267,7 @@ def _new_name(folder: Path) -> Path:
 def _written(rows: Rows, folder: Path) -> _Block:
     path = _new_name(folder)
     rowfiles.write(path, rows)
-    return _Block(rowfiles.read(path), path)
+    return _Block.read(path)
 
 
 def _starts(parts: list[Rows]) -> Whole:

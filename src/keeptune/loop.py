@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from keeptune import state
-from keeptune.disk import new_folder, verify
+from keeptune.disk import finish_replacing, new_folder, verify
 from keeptune.errors import FolderError, TrainingError
 from keeptune.evaluate import score_rows
 from keeptune.folder import Cell, Evidence, Example, Kind, Phase, RunFolder, TaskEvidence, Unit
@@ -168,6 +168,8 @@ class Loop:
                 run can go on.
         """
         self._remove_files()
+        for parent in (self.states, self.states / "progress"):
+            finish_replacing(parent)
         done = self._states()
         if not done:
             return 0
