@@ -286,7 +286,7 @@ def test_a_folder_in_use_is_left_alone(run: Path) -> None:
     ],
 )
 def test_bad_conditions_are_refused_in_one_sentence(conditions: list[str], words: str) -> None:
-    with pytest.raises(KeeptuneError, match=".") as caught:
+    with pytest.raises(KeeptuneError) as caught:
         parse(conditions)
     assert words in str(caught.value)
     assert isinstance(caught.value, RecipeError | DataError)

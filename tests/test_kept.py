@@ -17,7 +17,7 @@ from keeptune import rowfiles
 from keeptune.buffer import Buffer, Policy
 from keeptune.method import State
 from keeptune.rowstore import Rows
-from pencil import examples
+from pencil import examples, stored
 
 settings.register_profile("keeptune", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("keeptune")
@@ -154,7 +154,7 @@ def test_a_file_is_plain_arrow(tmp_path: Path) -> None:
 
 
 def test_nothing_is_copied_when_a_file_is_read(tmp_path: Path) -> None:
-    rows = Rows.of(numbered(0, 50))
+    rows = stored(numbered(0, 50))
     rowfiles.write(tmp_path / "rows.arrow", rows)
     found = rowfiles.read(tmp_path / "rows.arrow")
     for array in found.arrays().values():

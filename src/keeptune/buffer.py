@@ -22,7 +22,7 @@ from keeptune.errors import DataError
 from keeptune.kept import BLOCK, Kept
 from keeptune.method import State
 from keeptune.places import even_shares, reservoir
-from keeptune.rowstore import COLUMNS, Rows
+from keeptune.rowstore import COLUMNS, Rows, examples
 from keeptune.selection import herd, spread
 
 # Up to so many positions are shuffled to draw some, as all were in the runs that are published; of
@@ -138,11 +138,14 @@ class Buffer:
         old = len(self)
         is_new = order >= old
         new = np.sort(order[is_new]) - old
+        table = dataset.select_columns(COLUMNS).with_format("arrow")
 
         def parts() -> Iterator[Rows]:
             for begin in range(0, len(new), BLOCK):
                 part = new[begin : begin + BLOCK]
-                rows = Rows.of(dataset.select(part))
+                first, last = int(part[0]), int(part[-1])
+                is_whole = last - first == len(part) - 1
+                rows = Rows.of(table[range(first, last + 1) if is_whole else part.tolist()])
                 yield rows if extras is None else rows.with_extras(extras(part))
 
         place = order.copy()
@@ -263,7 +266,8 @@ class Buffer:
             tokens = self._rows.lengths(picked)
             before = np.cumsum(tokens) - tokens
             picked = picked[before < amount]
-        return [int(position) for position in picked]
+        positions: list[int] = picked.tolist()
+        return positions
 
     def _pick(
         self,
@@ -288,6 +292,8 @@ class Buffer:
 
     def _chances(self, weights: Mapping[str, float]) -> NDArray[np.float64] | None:
         """Relative chance of every row, or None where all are the same."""
+        if not weights:
+            return None
         by_task = np.array([weights.get(name, 1.0) for name in self._names])
         return None if (by_task == 1).all() else by_task[self._tasks]
 
@@ -304,7 +310,7 @@ class Buffer:
 
     def examples(self, positions: list[int]) -> list[dict[str, Any]]:
         """The rows at these positions as `ctx.batch` takes them; for a few, quicker than `rows`."""
-        return [rows.example(row) for rows, row in self._rows.each(positions)]
+        return examples(self._rows.each(positions)) if positions else []
 
     def extras(self, positions: list[int]) -> dict[str, NDArray[Any]]:
         """What is kept of these rows besides: by name, one row's values after another's."""

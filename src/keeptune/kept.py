@@ -1,9 +1,10 @@
 """Very many rows, all but the newest in files.
 
 Rows lie in blocks of `BLOCK`, each a file that is never changed; those that fill no block yet are
-in memory. An index says which rows are alive, and in which order. Neighbours whose living rows fit
-into one block are joined, and every join leaves one block fewer than there were: so a row that is
-added costs at most one more copy, and less than half of what lies in files is dead.
+in memory. An index says which rows are alive, and in which order. Once more rows are dead than
+alive, neighbours whose living rows fit into one block are joined, and every join leaves one block
+fewer: so a row that is added costs at most one more copy, and files hold at most two rows for each
+that is alive, and one block.
 
 Without a folder for files all rows are in memory, one after another, and there is no index.
 """
@@ -11,6 +12,7 @@ Without a folder for files all rows are in memory, one after another, and there 
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ class Kept:
         # those in memory. None where that is its position.
         self._at: NDArray[np.uint32] | None = None
         self._starts: Whole = np.zeros(1, np.int64)
+        self._list()
 
     def __len__(self) -> int:
         return len(self._loose) if self._at is None else len(self._at)
@@ -64,7 +67,7 @@ class Kept:
         parts = [
             rows.take(numbers[begin:end] - start)
             for rows, start, begin, end in zip(
-                self._parts(), self._starts, bounds[:-1], bounds[1:], strict=True
+                self._parts, self._starts, bounds[:-1], bounds[1:], strict=True
             )
             if end > begin
         ]
@@ -72,30 +75,27 @@ class Kept:
         back[order] = np.arange(len(order))
         return joined(parts).take(back)
 
-    def _parts(self) -> list[Rows]:
-        return [*(block.rows for block in self._blocks), self._loose]
-
     def each(self, positions: Iterable[int]) -> list[tuple[Rows, int]]:
         """For each position the rows in which it lies, and where in them."""
         if self._at is None:
             return [(self._loose, position) for position in positions]
-        parts, starts, found = self._parts(), self._starts, []
+        parts, starts, found = self._parts, self._firsts, []
         for position in positions:
             number = self._at.item(position)
-            part = int(np.searchsorted(starts, number, "right")) - 1
-            found.append((parts[part], number - starts.item(part)))
+            part = bisect_right(starts, number) - 1
+            found.append((parts[part], number - starts[part]))
         return found
 
     def lengths(self, positions: Whole | None = None) -> Whole:
         """Tokens of these rows, or of all."""
         if self._at is None:
             return self._loose.tokens(positions)
-        every = np.concatenate([part.tokens() for part in self._parts()])
+        every = np.concatenate([part.tokens() for part in self._parts])
         return every[self._at if positions is None else self._at[positions]]
 
     def classes(self) -> Whole | None:
         """The class of each row; None for rows of a language model, and where there are none."""
-        parts = [part.classes() for part in self._parts() if len(part)]
+        parts = [part.classes() for part in self._parts if len(part)]
         if not parts or parts[0] is None:
             return None
         every = np.concatenate([part for part in parts if part is not None])
@@ -114,7 +114,11 @@ class Kept:
     @property
     def has_dead(self) -> bool:
         """Whether files hold rows that are at no position."""
-        return int(self._starts[-1]) + len(self._loose) > len(self)
+        return self._dead > 0
+
+    @property
+    def _dead(self) -> int:
+        return int(self._starts[-1]) + len(self._loose) - len(self)
 
     # -- changing -----------------------------------------------------------------------------
 
@@ -145,7 +149,7 @@ class Kept:
                 loose = [full.take(np.arange(BLOCK, len(full)))]
         self._loose = joined(loose)
         self._settle(at)
-        if folder is not None:
+        if folder is not None and self._dead > len(self):
             self._tidy(folder, every=False)
 
     def delete(self, positions: Whole, folder: Path | None) -> None:
@@ -167,8 +171,13 @@ class Kept:
     def _settle(self, at: Whole) -> None:
         if self._blocks:
             self._at = at.astype(np.uint32)
-            return
-        self._loose, self._at = self._loose.take(at), None
+        else:
+            self._loose, self._at = self._loose.take(at), None
+        self._list()
+
+    def _list(self) -> None:
+        self._parts = [*(block.rows for block in self._blocks), self._loose]
+        self._firsts = self._starts.tolist()
 
     def _append(self, rows: Rows, folder: Path) -> None:
         self._blocks.append(_written(rows, folder))
@@ -256,6 +265,7 @@ class Kept:
                 link(file, path)
             kept._blocks.append(_Block.read(path))
         kept._starts = _starts([block.rows for block in kept._blocks])
+        kept._list()
         return kept
 
 

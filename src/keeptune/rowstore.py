@@ -167,14 +167,23 @@ class Rows:
         return cls(Ragged.of(empty, empty), np.empty(0, np.uint8), "answers")
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Rows:
-        """The rows of a tokenised data set.
+    def of(cls, table: Any) -> Rows:
+        """The rows of an Arrow table with the columns of tokenised rows.
 
         Raises:
             DataError: A row has more labels than tokens, or fewer.
         """
-        parts = dataset.select_columns(COLUMNS).with_format("arrow").iter(CHUNK)
-        return joined([_from_table(part) for part in parts])
+        ids, lengths = _flat(table["input_ids"])
+        tokens = Ragged.of(_small(ids), lengths)
+        if not _is_list(table["labels"].type):
+            return cls(tokens, table["labels"].to_numpy().astype(np.int32), "classes")
+        labels, label_lengths = _flat(table["labels"])
+        if not np.array_equal(lengths, label_lengths):
+            raise DataError("A row has not as many labels as tokens. Give every token one label.")
+        answers = labels != IGNORED
+        if ((labels == ids) | ~answers).all():
+            return cls(tokens, np.packbits(answers, bitorder="little"), "answers")
+        return cls(tokens, labels.astype(np.int32), "tokens")
 
     def tokens(self, positions: Whole | None = None) -> Whole:
         """Lengths of these rows, or of all."""
@@ -195,23 +204,10 @@ class Rows:
 
     def take(self, positions: Whole) -> Rows:
         """The rows at these positions, in that order."""
+        if len(positions) == len(self) and (positions == np.arange(len(self))).all():
+            return self
         at = [self._take(positions[i : i + CHUNK]) for i in range(0, len(positions), CHUNK)]
         return joined(at)
-
-    def example(self, row: int) -> dict[str, Any]:
-        """One row as a collator takes it: `input_ids` and `labels`, lists or one number."""
-        begin, end = self.ids.span(row)
-        ids = self.ids.values[begin:end]
-        if self.kind == "classes":
-            return {"input_ids": ids.tolist(), "labels": self.labels.item(row)}
-        if self.kind == "tokens":
-            return {"input_ids": ids.tolist(), "labels": self.labels[begin:end].tolist()}
-        bits = np.unpackbits(self.labels[begin >> 3 : (end + 7) >> 3], bitorder="little")
-        answers = bits[begin & 7 : (begin & 7) + end - begin]
-        return {
-            "input_ids": ids.tolist(),
-            "labels": np.where(answers, ids, np.int32(IGNORED)).tolist(),
-        }
 
     def besides(self, row: int) -> dict[str, Numbers]:
         """What is kept of one row besides, by name: [m, ...]."""
@@ -246,6 +242,41 @@ class Rows:
         if self.kind == "tokens":
             return self.labels
         return np.where(self._is_answer(), self.ids.values, np.int32(IGNORED)).astype(np.int32)
+
+
+def examples(places: Sequence[tuple[Rows, int]]) -> list[dict[str, Any]]:
+    """Rows as a collator takes them: `input_ids` and `labels`, lists or one number.
+
+    Args:
+        places: Rows of one kind, and which of them.
+    """
+    spans = [rows.ids.span(row) for rows, row in places]
+    spanned = list(zip(places, spans, strict=True))
+    ids = [rows.ids.values[begin:end] for (rows, _), (begin, end) in spanned]
+    if any(rows.kind != "answers" for rows, _ in places):
+        labels = [
+            rows.labels.item(row)
+            if rows.kind == "classes"
+            else rows.take(np.array([row]))._flat_labels().tolist()
+            for rows, row in places
+        ]
+        pairs = zip(ids, labels, strict=True)
+        return [{"input_ids": own.tolist(), "labels": label} for own, label in pairs]
+    answers = [
+        np.unpackbits(rows.labels[begin >> 3 : (end + 7) >> 3], bitorder="little")[
+            begin & 7 : (begin & 7) + end - begin
+        ]
+        for (rows, _), (begin, end) in spanned
+    ]
+    # Few calls for all of them: each costs as much as a row.
+    flat = np.concatenate(ids)
+    every = np.where(np.concatenate(answers), flat, np.int32(IGNORED)).tolist()
+    numbers, found, at = flat.tolist(), [], 0
+    for begin, end in spans:
+        to = at + end - begin
+        found.append({"input_ids": numbers[at:to], "labels": every[at:to]})
+        at = to
+    return found
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -284,21 +315,8 @@ def _small(values: Numbers) -> Numbers:
     return values.astype(np.uint16 if fit else np.int32, copy=False)
 
 
-def _from_table(table: Any) -> Rows:
-    ids, lengths = _flat(table["input_ids"])
-    if not pa.types.is_list(table["labels"].type) and not pa.types.is_large_list(
-        table["labels"].type
-    ):
-        classes = table["labels"].to_numpy().astype(np.int32)
-        return Rows(Ragged.of(_small(ids), lengths), classes, "classes")
-    labels, label_lengths = _flat(table["labels"])
-    if not np.array_equal(lengths, label_lengths):
-        raise DataError("A row has not as many labels as tokens. Give every token one label.")
-    answers = labels != IGNORED
-    if np.array_equal(labels[answers], ids[answers]):
-        bits = np.packbits(answers, bitorder="little")
-        return Rows(Ragged.of(_small(ids), lengths), bits, "answers")
-    return Rows(Ragged.of(_small(ids), lengths), labels.astype(np.int32), "tokens")
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _flat(column: Any) -> tuple[Numbers, Whole]:
