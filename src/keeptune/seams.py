@@ -61,6 +61,7 @@ class Seams(_Base):
         self.train_dataset: Any
         self.tasks_learned = 0
         self.end_task_seconds = 0.0
+        self.files: Path | None = None  # where methods may keep files
         self._require_gradients()
         self._require_adapter()
         self._require_logits()
@@ -139,6 +140,7 @@ class Seams(_Base):
             dataset=dataset,
             collate=self.data_collator,
             seed=self.args.seed,
+            folder=self.files,
         )
         self.strategy.begin_task(self.ctx)
         self._cover_new_weights()
