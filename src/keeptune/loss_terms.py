@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTTrainer
 
-from keeptune.answers import Answers, CrossEntropy
+from keeptune.answers import Answers
 from keeptune.errors import MethodError
+from keeptune.head_pass import CrossEntropy
 from keeptune.method import IGNORED, Batch, Chain, Context, Method
 from keeptune.reading import find_head
 

@@ -35,14 +35,14 @@ class TopK:
     q: Tensor
     rest: Tensor
     temperature: float
-    buffers: ClassVar[int] = 0
+    dense: ClassVar[bool] = False
 
     def ids(self, span: slice) -> Tensor:
         """The k entries."""
         return self.ids_[span]
 
     def of(self, span: slice, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `keeptune.answers.Sparse`."""
+        """See `keeptune.head_pass.Sparse`."""
         q, q_rest, p = self.q[span], self.rest[span], log_p.exp()
         p_rest = (1 - p.sum(1)).clamp_min(torch.finfo(p.dtype).eps)
         values = (torch.xlogy(q, q) - q * log_p).sum(1)
@@ -64,18 +64,23 @@ class Teacher:
     answers: Answers
     temperature: float
     reverse: bool = False
-    buffers: ClassVar[int] = 2
+    dense: ClassVar[bool] = True
 
-    def of(self, span: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """See `keeptune.answers.Dense`."""
+    def given(self, span: slice) -> Tensor:
+        """Its logits."""
+        return self.answers.logits(span)
+
+    def of(self, given: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """See `keeptune.head_pass.Dense`."""
         t = self.temperature
-        log_q = self.answers.logits(span).to(log_p.dtype).div_(t)
+        log_q = given.to(log_p.dtype).div_(t)
         log_q.sub_(log_q.logsumexp(1, keepdim=True))
         if self.reverse:
             gap, p = log_q.neg_().add_(log_p), log_p.exp()
             kl = _dot(p, gap)
             return t * t * kl, gap.sub_(kl[:, None]).mul_(p).mul_(t)
-        gap, q = log_q - log_p, log_q.exp_()
+        gap = log_q - log_p
+        q = log_q.exp_()
         kl = _dot(q, gap)
         return t * t * kl, torch.exp(log_p, out=gap).sub_(q).mul_(t)
 
