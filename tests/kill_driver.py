@@ -21,12 +21,13 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 import torch
 
 import pico
-from keeptune import loop, runs, state, trainers
+from keeptune import kept, loop, runs, state, trainers
 from keeptune.methods._anchor.hooks import ExampleHooks
 from keeptune.methods.ewc import EWC
 from keeptune.recipe import parse_recipe
 
 torch.set_num_threads(1)
+kept.BLOCK = 5  # rows in a file, so that there are some
 
 
 def rows(task: int) -> list[dict[str, str]]:

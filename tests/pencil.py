@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from keeptune.method import Batch, Context
+from keeptune.rowstore import Rows
 
 
 class Softmax(nn.Module):
@@ -37,6 +38,11 @@ def texts(*rows: list[int], answer_from: int = 1) -> Dataset:
     """Equally long rows of a language model, which learns them from a position on."""
     labels = [[-100] * answer_from + row[answer_from:] for row in rows]
     return Dataset.from_dict({"input_ids": list(rows), "labels": labels})
+
+
+def stored(dataset: Dataset) -> Rows:
+    """Rows as a buffer has them."""
+    return Rows.of(dataset.with_format("arrow")[:])
 
 
 def stack(rows: list[dict[str, Any]]) -> Batch:

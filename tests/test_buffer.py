@@ -13,9 +13,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from keeptune.buffer import Buffer, even_shares, reservoir
+from keeptune.buffer import Buffer
 from keeptune.errors import DataError
 from keeptune.method import State
+from keeptune.places import even_shares, reservoir
 from pencil import examples, texts
 
 
@@ -27,7 +28,7 @@ def numbered(first: int, count: int, *, text: bool = False) -> Dataset:
 
 def kept(buffer: Buffer) -> list[int]:
     """Which rows are in it, by their numbers."""
-    like = numbered(0, 1, text=buffer.state().values["kind"] != "classes")
+    like = numbered(0, 1, text=buffer._rows.kind != "classes")
     return [row["input_ids"][0] for row in buffer.rows(list(range(len(buffer))), like)]
 
 
@@ -192,8 +193,9 @@ def test_its_bytes_are_those_of_its_state() -> None:
     buffer = Buffer(None)
     buffer.add(texts([1, 2, 3], [4, 5, 6]), "a", np.random.default_rng(0))
     assert buffer.nbytes() == sum(t.nbytes for t in buffer.state().tensors.values())
-    # Ids, a bit a token in one byte, lengths, one start, tasks.
-    assert buffer.nbytes() == 2 * 6 + 1 + 2 * 2 + 8 + 2
+    # Ids, a bit a token in one byte, lengths, one start, tasks, names.
+    about = buffer.state().tensors["about"].nbytes
+    assert buffer.nbytes() == 2 * 6 + 1 + 2 * 2 + 8 + 2 + about
 
 
 def test_a_token_takes_little_more_than_two_bytes() -> None:
@@ -239,7 +241,7 @@ def test_what_is_kept_besides_stays_with_its_row(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_besides_is_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keeptune.buffer.PART", 7)
+    monkeypatch.setattr("keeptune.buffer.BLOCK", 7)
     buffer, sizes = Buffer(None), []
 
     def extras(rows: NDArray[np.int64]) -> Any:

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from keeptune.buffer import Buffer, Policy, even_shares, reservoir
+from keeptune.buffer import Buffer, Policy
 from keeptune.method import State
-from keeptune.rowstore import Rows, joined
+from keeptune.places import even_shares, reservoir
+from keeptune.rowstore import joined
 from keeptune.selection import herd, spread
-from pencil import examples, texts
+from pencil import examples, stored, texts
 
 # The same examples in every run; a slow machine is no failure.
 settings.register_profile("keeptune", deadline=None, derandomize=True, max_examples=40)
@@ -181,9 +182,9 @@ def test_rows_come_out_as_they_went_in(rows: list[list[tuple[int, bool]]], data:
         }
     )
     at = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9))
-    stored = Rows.of(dataset)
-    assert stored.take(np.array(at)).dataset(dataset)[:] == dataset.select(at)[:]
-    both = joined([stored, stored]).take(np.array(at) + len(rows))
+    found = stored(dataset)
+    assert found.take(np.array(at)).dataset(dataset)[:] == dataset.select(at)[:]
+    both = joined([found, found]).take(np.array(at) + len(rows))
     assert both.dataset(dataset)[:] == dataset.select(at)[:]
 
 

@@ -22,6 +22,7 @@ _HOMES = {
     "State": "keeptune.method",
     "Task": "keeptune.stream",
     "fit": "keeptune.notebook",
+    "forget": "keeptune.forgetting",
     "learn": "keeptune.runs",
     "load_recipe": "keeptune.recipe",
     "run": "keeptune.runs",

@@ -1,28 +1,33 @@
 """Which old rows are kept, and how they are drawn.
 
-Rows are tokenised once and kept in about two bytes a token (`rowstore`). What is kept and what is
-drawn depends on the rows, their order and the generator that is given, on nothing else.
+Rows are tokenised once and kept in about two bytes a token (`rowstore`), very many of them in files
+(`kept`). What is kept and what is drawn depends on the rows, their order and the generator that is
+given, on nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
+from torch import Tensor
 
 from keeptune.errors import DataError
+from keeptune.kept import BLOCK, Kept
 from keeptune.method import State
-from keeptune.rowstore import COLUMNS, Rows, joined
+from keeptune.places import even_shares, reservoir
+from keeptune.rowstore import COLUMNS, Rows, examples
 from keeptune.selection import herd, spread
 
 # Up to so many positions are shuffled to draw some, as all were in the runs that are published; of
 # more, a few are found without looking at the others.
 SHUFFLED = 10_000
-PART = 8192  # new rows handled at a time
 Policy = Literal["reservoir", "ring", "balanced", "herding", "surprise", "diversity"]
 Unit = Literal["rows", "tokens"]
 Order = NDArray[np.int64]
@@ -51,7 +56,7 @@ class Buffer:
         self.size = size
         self.policy = policy
         self.seen = 0
-        self._rows = Rows.none()
+        self._rows = Kept()
         self._tasks: NDArray[np.unsignedinteger] = np.empty(0, np.uint8)
         self._names: list[str] = []
         self._ranks: Values = np.empty(0, np.float32)
@@ -68,9 +73,13 @@ class Buffer:
         found = np.bincount(self._tasks[positions], minlength=len(self._names))
         return {name: int(n) for name, n in zip(self._names, found, strict=True) if n}
 
+    def owners(self, positions: list[int] | Order) -> list[str]:
+        """The task that gave each of these rows."""
+        return [self._names[number] for number in self._tasks[positions].tolist()]
+
     def tokens(self, positions: list[int]) -> int:
         """Tokens of these rows together."""
-        return int(self._rows.tokens(np.asarray(positions, np.int64)).sum())
+        return int(self._rows.lengths(np.asarray(positions, np.int64)).sum())
 
     # -- keeping ------------------------------------------------------------------------------
 
@@ -81,6 +90,7 @@ class Buffer:
         random: np.random.Generator,
         values: Values | None = None,
         extras: Extras | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Show every row of a task to the buffer.
 
@@ -91,9 +101,10 @@ class Buffer:
             values: What the policy goes by: [n] losses for "surprise", [n, d] features for
                 "herding" and "diversity"; else None.
             extras: Gives what is kept of a row besides, always or never for one buffer. It is
-                called with the row numbers, ascending, of new rows that are kept, for `PART` of
+                called with the row numbers, ascending, of new rows that are kept, for 8192 of
                 them at a time, and returns for every name one array [m, ...] for each of these
                 rows, where m may differ from row to row, the other axes and the type may not.
+            folder: Where files may be made (`ctx.folder`); None keeps all in memory.
 
         Raises:
             DataError: The rows are packed, so that none can be kept alone.
@@ -112,25 +123,52 @@ class Buffer:
         else:
             order, ranks = self._evenly(dataset, number, random, values)
             self._ranks = ranks[order]
-        self._replace(order, dataset, number, extras)
+        self._replace(order, dataset, number, extras, folder)
         self.seen += new
 
-    def _replace(self, order: Order, dataset: Dataset, number: int, extras: Extras | None) -> None:
+    def _replace(
+        self,
+        order: Order,
+        dataset: Dataset,
+        number: int,
+        extras: Extras | None,
+        folder: Path | None,
+    ) -> None:
         """Keep these: a number is a place's, or beyond them that of a row of the data set."""
         old = len(self)
         is_new = order >= old
         new = np.sort(order[is_new]) - old
-        parts = []
-        for begin in range(0, len(new), PART):
-            part = new[begin : begin + PART]
-            rows = Rows.of(dataset.select(part))
-            parts.append(rows if extras is None else rows.with_extras(extras(part)))
+        table = dataset.select_columns(COLUMNS).with_format("arrow")
+
+        def parts() -> Iterator[Rows]:
+            for begin in range(0, len(new), BLOCK):
+                part = new[begin : begin + BLOCK]
+                first, last = int(part[0]), int(part[-1])
+                is_whole = last - first == len(part) - 1
+                rows = Rows.of(table[range(first, last + 1) if is_whole else part.tolist()])
+                yield rows if extras is None else rows.with_extras(extras(part))
+
         place = order.copy()
         place[is_new] = old + np.searchsorted(new, order[is_new] - old)
-        small = np.min_scalar_type(len(self._names))
+        self._rows.replace(place, parts(), folder)
         tasks = np.concatenate([self._tasks, np.full(len(new), number)])
-        self._rows = joined([self._rows, *parts]).take(place)
-        self._tasks = tasks[place].astype(small)
+        self._tasks = tasks[place].astype(np.min_scalar_type(len(self._names)))
+
+    def delete(self, positions: list[int] | Order, folder: Path | None = None) -> None:
+        """Let go of these rows; nothing of them is left, and the others stay as they are.
+
+        A reservoir goes on as if their places were empty: all other rows, those that came and those
+        that will, are kept with the chance that they would have had.
+
+        Args:
+            positions: Without repeats.
+            folder: Where files may be made, needed when rows are in files.
+        """
+        at = np.asarray(positions, np.int64)
+        self._rows.delete(at, folder)
+        self._tasks = np.delete(self._tasks, at)
+        if len(self._ranks):
+            self._ranks = np.delete(self._ranks, at)
 
     def _evenly(
         self,
@@ -222,12 +260,14 @@ class Buffer:
             return []
         most = amount
         if unit == "tokens":
-            most = -(-amount // max(1, int(self._rows.ids.lengths.min()))) if repeats else able
+            most = -(-amount // max(1, int(self._rows.lengths().min()))) if repeats else able
         picked = self._pick(most, chances, able, random, repeats=repeats)
         if unit == "tokens":
-            before = np.cumsum(self._rows.tokens(picked)) - self._rows.tokens(picked)
+            tokens = self._rows.lengths(picked)
+            before = np.cumsum(tokens) - tokens
             picked = picked[before < amount]
-        return [int(position) for position in picked]
+        positions: list[int] = picked.tolist()
+        return positions
 
     def _pick(
         self,
@@ -252,6 +292,8 @@ class Buffer:
 
     def _chances(self, weights: Mapping[str, float]) -> NDArray[np.float64] | None:
         """Relative chance of every row, or None where all are the same."""
+        if not weights:
+            return None
         by_task = np.array([weights.get(name, 1.0) for name in self._names])
         return None if (by_task == 1).all() else by_task[self._tasks]
 
@@ -266,77 +308,61 @@ class Buffer:
         """The rows at these positions, with the types of `like`."""
         return self._rows.take(np.asarray(positions, np.int64)).dataset(like)
 
+    def examples(self, positions: list[int]) -> list[dict[str, Any]]:
+        """The rows at these positions as `ctx.batch` takes them; for a few, quicker than `rows`."""
+        return examples(self._rows.each(positions)) if positions else []
+
     def extras(self, positions: list[int]) -> dict[str, NDArray[Any]]:
         """What is kept of these rows besides: by name, one row's values after another's."""
-        at = np.asarray(positions, np.int64)
-        return {name: part.take(at).values for name, part in self._rows.extras.items()}
+        parts = [rows.besides(row) for rows, row in self._rows.each(positions)]
+        names = parts[0] if parts else {}
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def state(self) -> State:
-        """The buffer as arrays, and the task names."""
-        arrays = {f"rows/{name}": array for name, array in self._rows.arrays().items()}
-        arrays |= {"tasks": self._tasks, "ranks": self._ranks}
-        values = {"seen": self.seen, "names": list(self._names), "kind": self._rows.kind}
-        return State({name: torch.from_numpy(array) for name, array in arrays.items()}, values)
+        """The buffer: all in tensors and files, so that it can be found in any method's state."""
+        about = {"seen": self.seen, "names": self._names, "kind": self._rows.kind}
+        arrays = self._rows.arrays() | {"tasks": self._tasks, "ranks": self._ranks}
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8).copy()
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return State(tensors, files=self._rows.files())
 
-    def restore(self, state: State) -> None:
-        """Take back what `state` gave."""
-        self.seen = int(state.values["seen"])
-        self._names = list(state.values["names"])
-        self._tasks, self._ranks = (state.tensors[name].numpy() for name in ("tasks", "ranks"))
-        rows = {
-            name.removeprefix("rows/"): tensor.numpy()
-            for name, tensor in state.tensors.items()
-            if name.startswith("rows/")
-        }
-        self._rows = Rows.from_arrays(rows, str(state.values["kind"]))
+    def restore(self, state: State, folder: Path | None = None) -> None:
+        """Take back what `state` gave.
+
+        Args:
+            state: Further tensors in it are passed over.
+            folder: Where files may be made (`ctx.folder`).
+        """
+        arrays = {name: tensor.numpy() for name, tensor in self.tensors_of(state).items()}
+        about = json.loads(arrays["about"].tobytes())
+        self.seen, self._names = about["seen"], about["names"]
+        self._tasks, self._ranks = arrays["tasks"], arrays["ranks"]
+        self._rows = Kept.restored(arrays, about["kind"], state.files, folder)
+
+    @staticmethod
+    def tensors_of(state: State) -> dict[str, Tensor]:
+        """Of a method's state what a buffer gave."""
+        own = ("about", "at", "tasks", "ranks")
+        return {n: t for n, t in state.tensors.items() if n in own or n.startswith("rows/")}
+
+    @property
+    def has_dead(self) -> bool:
+        """Whether files still hold rows that are kept no longer."""
+        return self._rows.has_dead
 
     def nbytes(self) -> int:
-        """Bytes of the kept rows and of what is known of them."""
-        return self._rows.nbytes + self._tasks.nbytes + self._ranks.nbytes
+        """Bytes of the kept rows and of what is known of them, in memory and in files."""
+        return sum(t.nbytes for t in self.state().tensors.values()) + self._rows.on_disk
+
+    def on_disk(self) -> int:
+        """Bytes of them in files."""
+        return self._rows.on_disk
 
 
-def reservoir(
-    kept: int, new: int, seen: int, size: int | None, random: np.random.Generator
-) -> Order:
-    """Algorithm R (Vitter 1985): after n rows each is kept with probability min(1, size / n).
-
-    Args:
-        kept: Places that are taken.
-        new: Rows that come now.
-        seen: Rows that came before.
-        size: All places; None for as many as there are rows.
-        random: Its numbers decide which row takes which place.
-
-    Returns:
-        What each place then holds: the number of a place before, or `kept` + that of a new row.
-    """
-    size = kept + new if size is None else size
-    free = min(size - kept, new)
-    order = np.arange(kept + free)
-    # The n-th row of all takes the place that it draws among n, if there is such a place.
-    places = random.integers(np.arange(seen + free, seen + new) + 1)
-    taken = places < size
-    np.put(order, places[taken], kept + np.arange(free, new)[taken])  # the last one stays
-    return order
-
-
-def even_shares(sizes: NDArray[np.integer], places: int) -> list[int]:
-    """Places shared out as evenly as can be, none getting more than it can fill.
-
-    Args:
-        sizes: What each could fill.
-        places: How many there are.
-
-    Returns:
-        min(size, level) for each, the first ones one more where places are left over.
-    """
-    left, level = places, 0
-    for above, size in zip(range(len(sizes), 0, -1), sorted(sizes.tolist()), strict=True):
-        level = min(size, left // above)
-        if level < size:
-            break
-        left -= size
-    shares = np.minimum(sizes, level)
-    (more,) = np.nonzero(sizes > level)
-    shares[more[: places - int(shares.sum())]] += 1
-    return [int(share) for share in shares]
+def buffers_in(state: State) -> list[str]:
+    """Under which names a method's state has buffers; "" where it is one itself."""
+    return [
+        name.removesuffix("rows/labels").removesuffix("/")
+        for name in state.tensors
+        if name == "rows/labels" or name.endswith("/rows/labels")
+    ]

@@ -1,4 +1,4 @@
-"""The command line: keeptune demo | run | learn | report | methods | check | version.
+"""The command line: keeptune demo | run | learn | forget | report | methods | check | version.
 
 Commands import what they need when they run, so that `keeptune --help` answers at once.
 """
@@ -148,6 +148,30 @@ def learn(
 
         done = learn_task(folder, data, name=name, eval=evaluation, score=score, progress=progress)
     _show(done)
+
+
+@app.command()
+def forget(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Which examples: task=NAME, text=WORDS (case does not matter), regex=PATTERN "
+            "(of Python) or rows=FILE (a data file); may be given many times, and all must hold.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, remove nothing.")] = False,
+) -> None:
+    """Remove examples from every buffer and every result of a run, as when a person asks.
+
+    When it was stopped, the same command again does the rest.
+    """
+    from keeptune.forgetting import forget as forget_examples
+    from keeptune.terminal import forgotten_text
+
+    done = forget_examples(folder, where or [], dry_run=dry_run)
+    typer.echo(forgotten_text(done, dry_run=dry_run))
 
 
 @app.command()

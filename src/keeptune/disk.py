@@ -30,6 +30,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def link(file: Path, new: Path) -> None:
+    """Give a file that is never changed a second name, or copy it to another disk."""
+    try:
+        os.link(file, new)
+    except OSError:
+        shutil.copyfile(file, new)
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -94,6 +102,30 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def replace_folder(path: Path, new: Path) -> None:
+    """Put a whole folder, named "new-" and the name of `path`, in the place of `path`.
+
+    `finish_replacing` brings what a kill interrupts to its end.
+    """
+    old = path.with_name(f"old-{path.name}")
+    path.replace(old)
+    new.replace(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old)
+
+
+def finish_replacing(parent: Path) -> None:
+    """Bring what `replace_folder` began among these folders to its end, or undo it."""
+    for old in parent.glob("old-*"):
+        path = parent / old.name.removeprefix("old-")
+        if not path.exists():
+            path.with_name(f"new-{path.name}").replace(path)
+            sync_folder(parent)
+        shutil.rmtree(old)
+    for new in parent.glob("new-*"):
+        shutil.rmtree(new)
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -104,17 +136,26 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def read_manifest(path: Path) -> dict[str, str]:
+    """The hash of each file of a folder made by `new_folder`.
+
+    Raises:
+        FolderError: There is no manifest, or it is damaged.
+    """
+    try:
+        hashes: dict[str, str] = json.loads((path / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path / 'manifest.json'} cannot be read ({error}).") from error
+    return hashes
+
+
 def verify(path: Path) -> None:
     """Check a folder made by `new_folder` against its manifest.
 
     Raises:
         FolderError: A file is missing or its bytes changed; the message names it.
     """
-    try:
-        hashes: dict[str, str] = json.loads((path / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{path / 'manifest.json'} cannot be read ({error}).") from error
-    for name, expected in hashes.items():
+    for name, expected in read_manifest(path).items():
         file = path / name
         if not file.is_file():
             raise FolderError(f"{file} is missing.")

@@ -163,6 +163,7 @@ class RunInfo(_Record):
         recipe_sha256: Hash of what must not change on resume.
         provenance: Versions, machine, time of the start.
         warnings: Sentences shown at the top of the report.
+        forget_requests: How often `keeptune forget` removed examples.
     """
 
     format: int = FORMAT
@@ -176,6 +177,7 @@ class RunInfo(_Record):
     methods: list[MethodInfo]
     provenance: dict[str, Any] = Field(default_factory=dict)
     warnings: list[str] = []
+    forget_requests: int = 0
 
 
 def refuse_full(out: Path) -> None:
@@ -208,7 +210,7 @@ class RunFolder:
                 f"{self.path} is not a run folder (it has no run.json). "
                 "Give the folder that `keeptune run` printed."
             )
-        self.info = self._read(file, RunInfo)
+        self.info = self.read(file, RunInfo)
         if self.info.format > FORMAT:
             raise FolderError(
                 f"{self.path} was written in format {self.info.format}; this keeptune reads up to "
@@ -229,7 +231,12 @@ class RunFolder:
         return cls(path)
 
     @staticmethod
-    def _read(file: Path, kind: type[Record]) -> Record:
+    def read(file: Path, kind: type[Record]) -> Record:
+        """Read one of the folder's files.
+
+        Raises:
+            FolderError: It is damaged.
+        """
         try:
             return kind.model_validate_json(file.read_bytes())
         except (OSError, ValueError) as error:
@@ -252,7 +259,7 @@ class RunFolder:
     def cell(self, row: int, kind: Kind, index: int) -> Cell | None:
         """One entry of R, or None where it was not evaluated."""
         file = self.cell_file(row, kind, index)
-        return self._read(file, Cell) if file.is_file() else None
+        return self.read(file, Cell) if file.is_file() else None
 
     def column(self, kind: Kind, index: int) -> list[Cell | None]:
         """One task or guard over the whole stream: row 0 (before training) to the last row."""
@@ -282,14 +289,14 @@ class RunFolder:
     def evidence(self) -> list[TaskEvidence]:
         """What the methods did, task by task."""
         files = sorted((self.path / "evidence").glob("[0-9]*.json"))
-        return [self._read(file, TaskEvidence) for file in files]
+        return [self.read(file, TaskEvidence) for file in files]
 
     # -- cost and steps -----------------------------------------------------------------------
 
     def cost(self) -> Cost:
         """What the run cost so far."""
         file = self.path / "cost.json"
-        return self._read(file, Cost) if file.is_file() else Cost()
+        return self.read(file, Cost) if file.is_file() else Cost()
 
     def add_phase(self, phase: Phase) -> None:
         """Add a phase to what the run cost so far."""

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from keeptune import state
-from keeptune.disk import new_folder, verify
+from keeptune.disk import finish_replacing, new_folder, verify
 from keeptune.errors import FolderError, TrainingError
 from keeptune.evaluate import score_rows
 from keeptune.folder import Cell, Evidence, Example, Kind, Phase, RunFolder, TaskEvidence, Unit
@@ -64,6 +64,7 @@ class Loop:
         self.states = folder.path / "state"
         session.trainer.args.output_dir = str(folder.path / "logs")
         session.trainer.progress_root = self.states / "progress"
+        session.trainer.files = self.states / "files"
         session.trainer.watch(self._report, session.plan.checkpoint_minutes, stop)
 
     def run(self) -> None:
@@ -81,6 +82,7 @@ class Loop:
                 if row > done:
                     self.learn(row - 1)
                 self.evaluate(row)
+        self._remove_files()
 
     @contextmanager
     def _status(self) -> Iterator[None]:
@@ -165,6 +167,9 @@ class Loop:
             FolderError: The state is damaged; the message says which file, and from where the
                 run can go on.
         """
+        self._remove_files()
+        for parent in (self.states, self.states / "progress"):
+            finish_replacing(parent)
         done = self._states()
         if not done:
             return 0
@@ -177,6 +182,10 @@ class Loop:
         state.read_methods(path, self.session.chain, ctx)
         state.put_tensors(self.session.model, load_file(path / "weights.safetensors"))
         return done[-1]
+
+    def _remove_files(self) -> None:
+        # What counts of them has a second name in a state.
+        shutil.rmtree(self.states / "files", ignore_errors=True)
 
     def _way_out(self, path: Path, earlier: list[int]) -> str:
         tasks = self.session.plan.stream

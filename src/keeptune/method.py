@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,8 +57,11 @@ class Context:
         may_overflow: Whether a step is left out when gradients are not finite (fp16).
         answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
         learning_rate: Of the step that was just taken; set for `after_step`.
+        tokenizer: The model's, for methods that let it write; None where the trainer has none.
         answers: Of this micro batch, for `loss` of a method that needs "answers": terms added to
             it are computed in one pass over the head, together with the trainer's own loss.
+        folder: Where a method may keep files while the run goes on; None to keep all in memory.
+            Files that are never changed again can be a part of its state.
     """
 
     model: nn.Module
@@ -71,7 +75,9 @@ class Context:
     may_overflow: bool = False
     answers_in_step: Tensor | float = 1.0
     learning_rate: float = 0.0
+    tokenizer: Any = None
     answers: Answers | None = None
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -139,10 +145,29 @@ def wide(values: Tensor) -> Tensor:
 
 @dataclass
 class State:
-    """What a method must not lose: tensors (kept as safetensors) and JSON values."""
+    """What a method must not lose.
+
+    Attributes:
+        tensors: Kept as safetensors.
+        values: Kept as JSON.
+        files: Files that are never changed; a saved state has links to them.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def part(self, name: str) -> State:
+        """The tensors and files that `under` put under a name."""
+        start = f"{name}/"
+        tensors = {k[len(start) :]: t for k, t in self.tensors.items() if k.startswith(start)}
+        files = {k[len(start) :]: f for k, f in self.files.items() if k.startswith(start)}
+        return State(tensors, {}, files)
+
+    def under(self, name: str) -> State:
+        """The tensors and files under a name, so that several states can be joined."""
+        tensors = {f"{name}/{k}": t for k, t in self.tensors.items()}
+        return State(tensors, {}, {f"{name}/{k}": f for k, f in self.files.items()})
 
 
 class Method(BaseModel):

@@ -107,6 +107,18 @@ def load(model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = Fa
     return Loaded(loaded.eval(), tokenizer, place.name, place.source, _identity(place, loaded))
 
 
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer alone.
+
+    Raises:
+        ModelError: It is not there.
+    """
+    place = _find(model)
+    common = {"gguf_file": place.gguf, "trust_remote_code": trust_remote_code}
+    with _hushed(), _explained(model, place):
+        return transformers.AutoTokenizer.from_pretrained(place.path, **common)
+
+
 def identity(folder: Path) -> str:
     """Say which weights a model folder holds.
 

@@ -55,23 +55,64 @@ class Ragged:
         lengths = self.lengths if positions is None else self.lengths[positions]
         return lengths.astype(np.int64)
 
-    def where(self, positions: Whole) -> Whole:
-        """Where the values of these rows lie, one row after another."""
-        lengths = self.counts(positions)
-        shift = self._begins(positions) - (np.cumsum(lengths) - lengths)
-        return np.repeat(shift, lengths) + np.arange(lengths.sum())
+    def span(self, row: int) -> tuple[int, int]:
+        """Where a row begins and ends in `values`."""
+        first = row // EVERY * EVERY
+        begin = self.starts.item(row // EVERY) + int(self.lengths[first:row].sum(dtype=np.int64))
+        return begin, begin + self.lengths.item(row)
 
-    def take(self, positions: Whole) -> Ragged:
-        """The rows at these positions, in that order."""
-        return Ragged.of(self.values[self.where(positions)], self.counts(positions))
-
-    def _begins(self, positions: Whole) -> Whole:
+    def begins(self, positions: Whole) -> Whole:
         """Where these rows begin in `values`."""
         first = positions // EVERY * EVERY
         before = first[:, None] + np.arange(EVERY)
         lengths = self.lengths[np.minimum(before, len(self) - 1)].astype(np.int64)
         past: Whole = (lengths * (before < positions[:, None])).sum(1)
         return self.starts[positions // EVERY] + past
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """As `Ragged`, where every row's place is known, which costs no memory in a file.
+
+    Attributes:
+        values: [T, ...], all rows' values in a line.
+        offsets: int32 [R + 1], where each row begins, and where the last one ends.
+    """
+
+    values: Numbers
+    offsets: Numbers
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def counts(self, positions: Whole | None = None) -> Whole:
+        """How many values these rows have, or all."""
+        if positions is None:
+            return np.diff(self.offsets).astype(np.int64)
+        return (self.offsets[positions + 1] - self.offsets[positions]).astype(np.int64)
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Where a row begins and ends in `values`."""
+        return self.offsets.item(row), self.offsets.item(row + 1)
+
+    def begins(self, positions: Whole) -> Whole:
+        """Where these rows begin in `values`."""
+        return self.offsets[positions].astype(np.int64)
+
+
+Column = Ragged | Mapped
+
+
+def where(column: Column, positions: Whole) -> Whole:
+    """Where the values of these rows lie, one row after another."""
+    lengths = column.counts(positions)
+    shift = column.begins(positions) - (np.cumsum(lengths) - lengths)
+    return np.repeat(shift, lengths) + np.arange(lengths.sum())
+
+
+def _taken(column: Column, positions: Whole) -> Ragged:
+    """The rows at these positions, in that order."""
+    return Ragged.of(column.values[where(column, positions)], column.counts(positions))
 
 
 @dataclass(frozen=True)
@@ -86,10 +127,10 @@ class Rows:
         extras: What else is kept of every row, by name.
     """
 
-    ids: Ragged
+    ids: Column
     labels: Numbers
     kind: str
-    extras: Mapping[str, Ragged] = field(default_factory=dict)
+    extras: Mapping[str, Column] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,7 +146,7 @@ class Rows:
         return {"labels": self.labels} | {
             f"{name}/{f.name}": getattr(part, f.name)
             for name, part in parts.items()
-            for f in fields(Ragged)
+            for f in fields(part)
         }
 
     @classmethod
@@ -126,14 +167,23 @@ class Rows:
         return cls(Ragged.of(empty, empty), np.empty(0, np.uint8), "answers")
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Rows:
-        """The rows of a tokenised data set.
+    def of(cls, table: Any) -> Rows:
+        """The rows of an Arrow table with the columns of tokenised rows.
 
         Raises:
             DataError: A row has more labels than tokens, or fewer.
         """
-        parts = dataset.select_columns(COLUMNS).with_format("arrow").iter(CHUNK)
-        return joined([_from_table(part) for part in parts])
+        ids, lengths = _flat(table["input_ids"])
+        tokens = Ragged.of(_small(ids), lengths)
+        if not _is_list(table["labels"].type):
+            return cls(tokens, table["labels"].to_numpy().astype(np.int32), "classes")
+        labels, label_lengths = _flat(table["labels"])
+        if not np.array_equal(lengths, label_lengths):
+            raise DataError("A row has not as many labels as tokens. Give every token one label.")
+        answers = labels != IGNORED
+        if ((labels == ids) | ~answers).all():
+            return cls(tokens, np.packbits(answers, bitorder="little"), "answers")
+        return cls(tokens, labels.astype(np.int32), "tokens")
 
     def tokens(self, positions: Whole | None = None) -> Whole:
         """Lengths of these rows, or of all."""
@@ -154,8 +204,14 @@ class Rows:
 
     def take(self, positions: Whole) -> Rows:
         """The rows at these positions, in that order."""
+        if len(positions) == len(self) and (positions == np.arange(len(self))).all():
+            return self
         at = [self._take(positions[i : i + CHUNK]) for i in range(0, len(positions), CHUNK)]
         return joined(at)
+
+    def besides(self, row: int) -> dict[str, Numbers]:
+        """What is kept of one row besides, by name: [m, ...]."""
+        return {name: part.values[slice(*part.span(row))] for name, part in self.extras.items()}
 
     def dataset(self, like: Dataset) -> Dataset:
         """All rows, with the types of `like`."""
@@ -169,22 +225,58 @@ class Rows:
         return Dataset(pa.table(columns).cast(features.arrow_schema))
 
     def _take(self, positions: Whole) -> Rows:
-        at = self.ids.where(positions)
+        at = where(self.ids, positions)
         if self.kind == "answers":
-            labels = np.packbits(self.labels[at >> 3] >> (7 - (at & 7)) & 1)
+            labels = np.packbits(self.labels[at >> 3] >> (at & 7) & 1, bitorder="little")
         else:
             labels = self.labels[positions if self.kind == "classes" else at]
         ids = Ragged.of(self.ids.values[at], self.tokens(positions))
-        extras = {name: part.take(positions) for name, part in self.extras.items()}
+        extras = {name: _taken(part, positions) for name, part in self.extras.items()}
         return Rows(ids, labels, self.kind, extras)
 
     def _is_answer(self) -> NDArray[np.bool_]:
-        return np.unpackbits(self.labels, count=len(self.ids.values)).view(bool)
+        bits = np.unpackbits(self.labels, count=len(self.ids.values), bitorder="little")
+        return bits.view(bool)
 
     def _flat_labels(self) -> Numbers:
         if self.kind == "tokens":
             return self.labels
         return np.where(self._is_answer(), self.ids.values, np.int32(IGNORED)).astype(np.int32)
+
+
+def examples(places: Sequence[tuple[Rows, int]]) -> list[dict[str, Any]]:
+    """Rows as a collator takes them: `input_ids` and `labels`, lists or one number.
+
+    Args:
+        places: Rows of one kind, and which of them.
+    """
+    spans = [rows.ids.span(row) for rows, row in places]
+    spanned = list(zip(places, spans, strict=True))
+    ids = [rows.ids.values[begin:end] for (rows, _), (begin, end) in spanned]
+    if any(rows.kind != "answers" for rows, _ in places):
+        labels = [
+            rows.labels.item(row)
+            if rows.kind == "classes"
+            else rows.take(np.array([row]))._flat_labels().tolist()
+            for rows, row in places
+        ]
+        pairs = zip(ids, labels, strict=True)
+        return [{"input_ids": own.tolist(), "labels": label} for own, label in pairs]
+    answers = [
+        np.unpackbits(rows.labels[begin >> 3 : (end + 7) >> 3], bitorder="little")[
+            begin & 7 : (begin & 7) + end - begin
+        ]
+        for (rows, _), (begin, end) in spanned
+    ]
+    # Few calls for all of them: each costs as much as a row.
+    flat = np.concatenate(ids)
+    every = np.where(np.concatenate(answers), flat, np.int32(IGNORED)).tolist()
+    numbers, found, at = flat.tolist(), [], 0
+    for begin, end in spans:
+        to = at + end - begin
+        found.append({"input_ids": numbers[at:to], "labels": every[at:to]})
+        at = to
+    return found
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -202,8 +294,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     extras = {name: _in_line([part.extras[name] for part in parts]) for name in names}
     kinds = {part.kind for part in parts}
     if kinds == {"answers"}:
-        answers = np.packbits(np.concatenate([part._is_answer() for part in parts]))
-        return Rows(ids, answers, "answers", extras)
+        answers = np.concatenate([part._is_answer() for part in parts])
+        return Rows(ids, np.packbits(answers, bitorder="little"), "answers", extras)
     if kinds == {"classes"}:
         return Rows(ids, np.concatenate([part.labels for part in parts]), "classes", extras)
     if "classes" in kinds:
@@ -212,7 +304,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return Rows(ids, labels, "tokens", extras)
 
 
-def _in_line(parts: Sequence[Ragged]) -> Ragged:
+def _in_line(parts: Sequence[Column]) -> Ragged:
     values = np.concatenate([part.values for part in parts])
     return Ragged.of(values, np.concatenate([part.counts() for part in parts]))
 
@@ -223,20 +315,8 @@ def _small(values: Numbers) -> Numbers:
     return values.astype(np.uint16 if fit else np.int32, copy=False)
 
 
-def _from_table(table: Any) -> Rows:
-    ids, lengths = _flat(table["input_ids"])
-    if not pa.types.is_list(table["labels"].type) and not pa.types.is_large_list(
-        table["labels"].type
-    ):
-        classes = table["labels"].to_numpy().astype(np.int32)
-        return Rows(Ragged.of(_small(ids), lengths), classes, "classes")
-    labels, label_lengths = _flat(table["labels"])
-    if not np.array_equal(lengths, label_lengths):
-        raise DataError("A row has not as many labels as tokens. Give every token one label.")
-    answers = labels != IGNORED
-    if np.array_equal(labels[answers], ids[answers]):
-        return Rows(Ragged.of(_small(ids), lengths), np.packbits(answers), "answers")
-    return Rows(Ragged.of(_small(ids), lengths), labels.astype(np.int32), "tokens")
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _flat(column: Any) -> tuple[Numbers, Whole]:

@@ -58,6 +58,7 @@ class Seams(LossTerms):
         self.train_dataset: Any
         self.tasks_learned = 0
         self.end_task_seconds = 0.0
+        self.files: Path | None = None  # where methods may keep files
         self._require_gradients()
         self._require_adapter()
         self._require_logits()
@@ -125,6 +126,8 @@ class Seams(LossTerms):
             dataset=dataset,
             collate=self.data_collator,
             seed=self.args.seed,
+            tokenizer=self.processing_class,
+            folder=self.files,
         )
         self.strategy.begin_task(self.ctx)
         self._cover_new_weights()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from keeptune.disk import write_atomic
+from keeptune.disk import link, write_atomic
 from keeptune.method import Chain, Context, State
 
 Tensors = dict[str, Tensor]
@@ -113,22 +113,43 @@ def write_methods(folder: Path | None, chain: Chain) -> dict[str, int]:
         if folder is None:
             continue
         stem = f"method-{index}-{method.name()}"
-        sizes[method.name()] = write_tensors(folder / f"{stem}.safetensors", state.tensors)
         # In the middle of a task the evidence so far is state too.
-        kept = {"values": state.values, "evidence": method._evidence}
-        write_json(folder / f"{stem}.json", kept)
+        sizes[method.name()] = write_method(folder, stem, state, method._evidence)
     return sizes
+
+
+def write_method(folder: Path, stem: str, state: State, evidence: dict[str, Any]) -> int:
+    """Write one method's state and evidence; returns the bytes written or linked."""
+    size = write_tensors(folder / f"{stem}.safetensors", state.tensors)
+    files = {name: f"{stem}-{name.replace('/', '-')}" for name in state.files}
+    for name, file in files.items():
+        link(state.files[name], folder / file)
+        size += (folder / file).stat().st_size
+    kept = {"values": state.values, "evidence": evidence, "files": files}
+    write_json(folder / f"{stem}.json", kept)
+    return size
 
 
 def read_methods(folder: Path, chain: Chain, ctx: Context) -> None:
     """Give every method back the state that `write_methods` wrote."""
     for index, method in enumerate(chain):
         stem = f"method-{index}-{method.name()}"
-        tensors = load_file(folder / f"{stem}.safetensors")
-        kept = read_json(folder / f"{stem}.json")
-        method.restore(ctx, State(tensors, kept["values"]))
+        method.restore(ctx, read_method(folder, stem))
         method._evidence.clear()
-        method._evidence.update(kept["evidence"])
+        method._evidence.update(read_json(folder / f"{stem}.json")["evidence"])
+
+
+def read_method(folder: Path, stem: str) -> State:
+    """One method's state, of which files are only named."""
+    tensors = load_file(folder / f"{stem}.safetensors")
+    kept = read_json(folder / f"{stem}.json")
+    files = {name: folder / file for name, file in kept["files"].items()}
+    return State(tensors, kept["values"], files)
+
+
+def method_stems(folder: Path) -> list[str]:
+    """What the names of each method's files begin with: "method-", its number and its name."""
+    return sorted(file.stem for file in folder.glob("method-*.json"))
 
 
 # -- the middle of a task -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from keeptune.checks import Finding
+    from keeptune.forgetting import Forgotten
     from keeptune.intervals import Estimate
     from keeptune.method import Method
     from keeptune.metrics import Summary
@@ -152,6 +153,29 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def forgotten_text(done: Forgotten, *, dry_run: bool) -> str:
+    """What `keeptune forget` removed, or would, and what it cannot."""
+    would = "would be " if dry_run else ""
+    lines = [
+        f"{place}: {removed} of {rows} rows {would}removed"
+        for place, (removed, rows) in done.rows.items()
+    ]
+    lines += [
+        f"{file}: texts of {count} examples {would}replaced"
+        for file, count in done.examples.items()
+    ]
+    if done.nothing:
+        lines.append("No row and no example is meant.")
+    elif not dry_run:
+        lines.append(
+            "The weights still hold what they learned of these rows, and so does what methods "
+            "computed of them: only training again without them changes that. Your data files are "
+            "as they were."
+        )
+    lines += [f"Left in {file}, which keeptune does not change." for file in done.left]
+    return "\n".join(lines)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

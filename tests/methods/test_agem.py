@@ -186,7 +186,7 @@ def test_switched_off_it_keeps_and_does_nothing() -> None:
     before = grads(model)
     method.gradients(ctx)
     assert torch.equal(grads(model)[0], before[0])
-    assert method.evidence() == {"rows_kept": 0}
+    assert method.evidence() == {"rows_kept": 0, "bytes_on_disk": 0}
     assert method.declared_bytes(ctx) == 0
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from pydantic import Field, PrivateAttr
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
@@ -32,7 +31,7 @@ def moved_weights(ctx: Context) -> list[nn.Parameter]:
 
 
 def mean_gradient(
-    ctx: Context, weights: Sequence[nn.Parameter], rows: Dataset, *words: object
+    ctx: Context, weights: Sequence[nn.Parameter], rows: Iterable[Any], *words: object
 ) -> Gradient:
     """Gradient of the mean cross-entropy over the answers in these rows, times `ctx.grad_scale`.
 
@@ -134,14 +133,14 @@ class Referenced(Method):
 
     def gradients(self, ctx: Context) -> None:
         """Move the step's gradient where it would undo what was learned."""
-        if not self.rows or not self._buffers:
+        if not self.rows or not self._filled:
             return
         weights = moved_weights(ctx)
         references, rows = [], 0
-        for name, buffer in self._buffers.items():
+        for name, buffer in self._filled.items():
             drawn = buffer.draw(self.rows, ctx.random(self.name(), name, ctx.step))
             words = ("dropout", self.name(), name, ctx.step)
-            kept = buffer.rows(drawn, ctx.dataset)
+            kept = buffer.examples(drawn)
             references.append(mean_gradient(ctx, weights, kept, *words))
             rows += len(drawn)
         own = [weight.grad for weight in weights if weight.grad is not None]
@@ -152,52 +151,60 @@ class Referenced(Method):
                     tensor.add_(other, alpha=weight)
         self._note(products, rows)
 
+    @property
+    def _filled(self) -> dict[str, Buffer]:
+        """Those with rows: all may have been forgotten."""
+        return {name: buffer for name, buffer in self._buffers.items() if len(buffer)}
+
     def _note(self, products: Tensor, rows: int) -> None:
         shown = self._evidence
         for key in ("reference_rows", "extra_forward_rows", "extra_backward_rows"):
             shown[key] = shown.get(key, 0) + rows
+        short = self.rows * len(self._filled) - rows
+        shown["rows_short"] = shown.get("rows_short", 0) + short
         if not products.isfinite().all():
             return
         own, *dots = products[0].tolist()
         squares = products.diagonal()[1:].tolist()
-        sums = shown.setdefault("angles", dict.fromkeys(self._buffers, 0.0))
-        for name, dot, square in zip(self._buffers, dots, squares, strict=True):
+        sums = shown.setdefault("angles", dict.fromkeys(self._filled, 0.0))
+        for name, dot, square in zip(self._filled, dots, squares, strict=True):
             sums[name] += angle(dot, own, square)
         shown["steps"] = shown.get("steps", 0) + 1
         shown["conflicts"] = shown.get("conflicts", 0) + (min(dots) < 0)
 
     def evidence(self) -> dict[str, Any]:
-        """Old rows looked at, share of steps with a conflict, mean angles in degrees."""
+        """Old rows looked at and missed, share of conflicts, mean angles in degrees, what is kept."""
         shown = dict(self._evidence)
         if steps := shown.pop("steps", 0):
             shown["conflict_share"] = shown.pop("conflicts") / steps
             shown["angles"] = {name: value / steps for name, value in shown["angles"].items()}
-        return shown | {"rows_kept": sum(len(buffer) for buffer in self._buffers.values())}
+        buffers = self._buffers.values()
+        return shown | {
+            "rows_kept": sum(map(len, buffers)),
+            "bytes_on_disk": sum(buffer.on_disk() for buffer in buffers),
+        }
 
     def end_task(self, ctx: Context) -> None:
         """Keep rows of the task."""
         if self.rows:
             buffer = self._buffers.setdefault(self._buffer_of(ctx.task), Buffer(self.size))
-            buffer.add(ctx.dataset, ctx.task, ctx.random("reservoir"))
+            buffer.add(ctx.dataset, ctx.task, ctx.random("reservoir"), folder=ctx.folder)
 
     def state(self) -> State:
         """The kept rows."""
-        states = {name: buffer.state() for name, buffer in self._buffers.items()}
-        tensors = {
-            f"{i}/{key}": tensor
-            for i, state in enumerate(states.values())
-            for key, tensor in state.tensors.items()
-        }
-        return State(tensors, {"buffers": {name: state.values for name, state in states.items()}})
+        whole = State(values={"buffers": list(self._buffers)})
+        for i, buffer in enumerate(self._buffers.values()):
+            part = buffer.state().under(str(i))
+            whole.tensors |= part.tensors
+            whole.files |= part.files
+        return whole
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the kept rows back."""
         self._buffers = {}
-        for i, (name, values) in enumerate(state.values["buffers"].items()):
-            start = f"{i}/"
-            own = {k[len(start) :]: t for k, t in state.tensors.items() if k.startswith(start)}
+        for i, name in enumerate(state.values["buffers"]):
             self._buffers[name] = Buffer(self.size)
-            self._buffers[name].restore(State(own, values))
+            self._buffers[name].restore(state.part(str(i)), ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """The kept rows."""

@@ -55,7 +55,7 @@ class Joint(Method):
 
     def end_task(self, ctx: Context) -> None:
         """Keep the task's rows."""
-        self._buffer.add(ctx.dataset, ctx.task, ctx.random("joint"))
+        self._buffer.add(ctx.dataset, ctx.task, ctx.random("joint"), folder=ctx.folder)
 
     def state(self) -> State:
         """All rows, and the first weights."""
@@ -65,7 +65,7 @@ class Joint(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the rows and the first weights back."""
-        self._buffer.restore(state)
+        self._buffer.restore(state, ctx.folder)
         self._first = {
             n.removeprefix("first/"): t.to(ctx.device)
             for n, t in state.tensors.items()

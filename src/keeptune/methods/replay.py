@@ -6,9 +6,10 @@ Paper: Robins 1995, https://doi.org/10.1080/09540099550039318 ; Chaudhry et al. 
     https://arxiv.org/abs/2511.22367
 Equation: train on D_t plus round(ratio |D_t|) rows drawn from what is kept of D_1 … D_{t-1}
 Changes: data, end_task
-Cost: for at most `size` rows 2.2 bytes a token for vocabularies of at most 65,536, else 4.2;
-    training rows grow by `ratio`. surprise, herding and diversity: one forward pass over the
-    task's rows at its end; the last two hold hidden size × 4 bytes a row meanwhile.
+Cost: for at most `size` rows 2.2 bytes a token for vocabularies of at most 65,536, else 4.2; in a
+    run folder all but the newest 8192 of them lie in files. Training rows grow by `ratio`.
+    surprise, herding and diversity: one forward pass over the task's rows at its end; the last two
+    hold hidden size × 4 bytes a row meanwhile.
 Use when: old training rows may be kept. A few per cent usually remove most of the forgetting.
 Not when: old data must not be stored, or only knowledge of the base model is at stake, for which
     there are no rows to keep.
@@ -87,6 +88,7 @@ class Replay(Method):
                 "rows_repeated": len(drawn) - len(set(drawn)),
                 "rows_new": len(ctx.dataset),
                 "rows_kept": len(self._buffer),
+                "bytes_on_disk": self._buffer.on_disk(),
                 f"{self.count}_short": short,
             }
         )
@@ -101,7 +103,8 @@ class Replay(Method):
             values = losses(ctx)
         elif self.policy in ("herding", "diversity"):
             values = features(ctx)
-        self._buffer.add(ctx.dataset, ctx.task, ctx.random(self.policy), values)
+        random = ctx.random(self.policy)
+        self._buffer.add(ctx.dataset, ctx.task, random, values, folder=ctx.folder)
 
     def state(self) -> State:
         """The buffer."""
@@ -109,7 +112,7 @@ class Replay(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the buffer back."""
-        self._buffer.restore(state)
+        self._buffer.restore(state, ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """Of each token its id and a bit; of each row its length, task, class and rank."""
