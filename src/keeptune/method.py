@@ -28,7 +28,9 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
+from keeptune.answers import Answers
 from keeptune.errors import MethodError, suggest
+from keeptune.reading import find_head, positions, read
 
 IGNORED = -100  # a label without loss, as everywhere in torch
 OPTIONS = "options"  # a column for methods, which no trainer sees: the rows of every choice
@@ -55,6 +57,9 @@ class Context:
         may_overflow: Whether a step is left out when gradients are not finite (fp16).
         answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
         learning_rate: Of the step that was just taken; set for `after_step`.
+        tokenizer: The model's, for methods that let it write; None where the trainer has none.
+        answers: Of this micro batch, for `loss` of a method that needs "answers": terms added to
+            it are computed in one pass over the head, together with the trainer's own loss.
         folder: Where a method may keep files while the run goes on; None to keep all in memory.
             Files that are never changed again can be a part of its state.
     """
@@ -70,6 +75,8 @@ class Context:
     may_overflow: bool = False
     answers_in_step: Tensor | float = 1.0
     learning_rate: float = 0.0
+    tokenizer: Any = None
+    answers: Answers | None = None
     folder: Path | None = None
 
     @property
@@ -94,6 +101,18 @@ class Context:
     def outputs(self, batch: Batch, **asked: Any) -> Any:
         """What the model gives for a batch, without its own loss."""
         return self.model(**{k: v for k, v in batch.items() if k != "labels"}, **asked)
+
+    def read(self, batch: Batch, call: Callable[[], Any] | None = None) -> Answers:
+        """What a model says at a batch's answers, without the logits of all of them at once.
+
+        Args:
+            batch: With labels.
+            call: Runs the model on the batch without labels in another way than `outputs`: with
+                other weights, or through a wrapper.
+        """
+        asked = {"use_cache": False} if find_head(self.model) is not None else {}
+        keep = positions(batch["labels"], IGNORED)
+        return read(self.model, call or (lambda: self.outputs(batch, **asked)), keep)
 
     def answer_logits(self, logits: Tensor, batch: Batch) -> Tensor:
         """The logits that predict an answer: [B, L, V] or [B, V] to [N, V]."""
@@ -158,7 +177,8 @@ class Method(BaseModel):
         neutral: The setting that equals plain fine-tuning bit for bit; empty if there is none.
         proof: The evidence that is above 0 when the method was active.
         active_from: The first task (from 0) on which it must have been active.
-        needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`).
+        needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`), "answers"
+            (in `ctx.answers`, for terms that do without the logits of all answers at once).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
         excludes: Traits that another method in the strategy must not have.

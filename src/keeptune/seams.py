@@ -28,22 +28,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer
 
 from keeptune import state
 from keeptune.disk import new_folder
 from keeptune.errors import DataError, MethodError, TrainingError
-from keeptune.method import IGNORED, OPTIONS, Batch, Chain, Context, Method
-
-# At run time the trainer comes from the class that mixes this in.
-_Base: Any = object
+from keeptune.loss_terms import LossTerms
+from keeptune.method import OPTIONS, Chain, Context, Method
 
 
-class Seams(_Base):
+class Seams(LossTerms):
     """Mix into any `transformers.Trainer` subclass, left of it.
 
     Args:
@@ -90,17 +87,6 @@ class Seams(_Base):
                 "Set `adapter: {kind: lora, rank: 16}` in the recipe, or remove the method."
             )
 
-    def _require_logits(self) -> None:
-        below = getattr(super().compute_loss, "__func__", None)
-        native = below in (Trainer.compute_loss, SFTTrainer.compute_loss)
-        plain_loss = getattr(self.args, "loss_type", "nll") == "nll"
-        if "logits" in self.strategy.needs and not (native and plain_loss):
-            who = [m.name() for m in self.strategy if "logits" in m.needs]
-            raise MethodError(
-                f"The method {who[0]!r} needs the model's logits, which only the ordinary "
-                "language-model or classification loss gives. Remove it, or use loss_type: nll."
-            )
-
     # -- one task -----------------------------------------------------------------------------
 
     def learn(
@@ -140,6 +126,7 @@ class Seams(_Base):
             dataset=dataset,
             collate=self.data_collator,
             seed=self.args.seed,
+            tokenizer=self.processing_class,
             folder=self.files,
         )
         self.strategy.begin_task(self.ctx)
@@ -209,54 +196,6 @@ class Seams(_Base):
         return new_folder(path) if self.is_world_process_zero() else nullcontext()
 
     # -- the verbs inside a step --------------------------------------------------------------
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The trainer's loss plus the methods' terms."""
-        if self.ctx is None or not model.training or return_outputs or not self._has_terms():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch: Batch = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-        outputs = None
-        if "logits" in self.strategy.needs:
-            # TRL's own loss fuses the head and has no logits; this is the same loss without it.
-            loss, outputs = Trainer.compute_loss(
-                self, model, {**inputs, **self._no_cache()}, True, num_items_in_batch
-            )
-        else:
-            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-        self.ctx.answers_in_step = self._answers(batch, num_items_in_batch)
-        self.ctx.step = self.state.global_step
-        term = self.strategy.loss(self.ctx, batch, outputs)
-        return loss if term is None else loss + term
-
-    def _has_terms(self) -> bool:
-        return any(type(m).loss is not Method.loss for m in self.strategy)
-
-    def _no_cache(self) -> dict[str, bool]:
-        return {"use_cache": False} if isinstance(self, SFTTrainer) else {}
-
-    def _answers(self, batch: Batch, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        # What a sum over this micro batch's answers is divided by. Where the trainer normalises
-        # by the whole accumulated batch it adds micro batches up; else it averages them.
-        scaled = self.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = self.model_accepts_loss_kwargs
-        if scaled and num_items_in_batch is not None:
-            averaged = self.args.average_tokens_across_devices
-            return num_items_in_batch / (self.accelerator.num_processes if averaged else 1)
-        if "labels" not in batch:
-            raise MethodError(
-                f"The methods {self.strategy.name} add to the loss of each answer, but this "
-                "trainer's batches have no labels. Use SFTTrainer or a classifier."
-            )
-        labels = batch["labels"]
-        labels = labels if labels.dim() == 1 else labels[:, 1:]
-        return (labels != IGNORED).sum().clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """One micro batch; after the last one of a step the methods edit the gradients."""

@@ -47,6 +47,8 @@ VARIANTS = [
     variant("l2sp", proximal=True),
     variant("l2sp", to="base"),
     variant("hierarchical", lora=True, on="factors"),
+    variant("lwf", targets="recorded"),
+    variant("lwf", lora=True, targets="recorded", top_k=4),
     variant("gem", margin=0.0),
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.

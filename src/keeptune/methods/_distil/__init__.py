@@ -1,0 +1,16 @@
+"""Holding answers to those of another model, recorded or computed: what distillation shares."""
+
+from keeptune.methods._distil.recorded import Recorded, Store, record, record_rows
+from keeptune.methods._distil.teachers import Frozen, without_adapter
+from keeptune.methods._distil.terms import Teacher, TopK
+
+__all__ = [
+    "Frozen",
+    "Recorded",
+    "Store",
+    "Teacher",
+    "TopK",
+    "record",
+    "record_rows",
+    "without_adapter",
+]
