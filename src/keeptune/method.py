@@ -54,6 +54,9 @@ class Context:
         may_overflow: Whether a step is left out when gradients are not finite (fp16).
         answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
         learning_rate: Of the step that was just taken; set for `after_step`.
+        online: Whether the rows are a stream: each comes once, in its order, and none is known
+            before its turn.
+        rows_in_step: Rows of what `data` returns that one optimizer step takes, all processes'.
     """
 
     model: nn.Module
@@ -67,6 +70,8 @@ class Context:
     may_overflow: bool = False
     answers_in_step: Tensor | float = 1.0
     learning_rate: float = 0.0
+    online: bool = False
+    rows_in_step: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +144,8 @@ class Method(BaseModel):
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
         excludes: Traits that another method in the strategy must not have.
+        keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
+            order and adds none before its turn. A method without a `data` verb need not say so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -149,6 +156,7 @@ class Method(BaseModel):
     needs: ClassVar[frozenset[str]] = frozenset()
     traits: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
+    keeps_order: ClassVar[bool] = False
 
     _evidence: dict[str, Any] = PrivateAttr(default_factory=dict)
 

@@ -36,9 +36,11 @@ from trl import SFTTrainer
 
 from keeptune import state
 from keeptune.disk import new_folder
-from keeptune.errors import DataError, MethodError, TrainingError
+from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
 from keeptune.method import IGNORED, OPTIONS, Batch, Chain, Context, Method
 
+# What a stream that is seen once needs of the trainer's arguments.
+ONLINE = {"num_train_epochs": 1, "max_steps": -1, "train_sampling_strategy": "sequential"}
 # At run time the trainer comes from the class that mixes this in.
 _Base: Any = object
 
@@ -48,14 +50,19 @@ class Seams(_Base):
 
     Args:
         methods: The strategy; empty is plain fine-tuning.
+        online: Each task is a stream seen once, batch by batch, in the order of its rows.
 
     Raises:
         MethodError: Methods clash, or need what this trainer cannot give.
+        RecipeError: It is online, and the trainer's arguments are not.
     """
 
-    def __init__(self, *args: Any, methods: Sequence[Method] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, methods: Sequence[Method] = (), online: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.strategy = Chain(methods)
+        self.online = online
         self.ctx: Context | None = None
         self.model: Any
         self.train_dataset: Any
@@ -64,6 +71,8 @@ class Seams(_Base):
         self._require_gradients()
         self._require_adapter()
         self._require_logits()
+        if online:
+            self._require_order()
         self.add_callback(_Verbs(self))
 
     def _require_gradients(self) -> None:
@@ -99,6 +108,21 @@ class Seams(_Base):
                 f"The method {who[0]!r} needs the model's logits, which only the ordinary "
                 "language-model or classification loss gives. Remove it, or use loss_type: nll."
             )
+
+    def _require_order(self) -> None:
+        for key, wanted in ONLINE.items():
+            if (got := getattr(self.args, key)) != wanted:
+                raise RecipeError(
+                    f"trainer.{key} is {got!r}, but online each row is learned once, in its order, "
+                    f"which needs {wanted!r}. Leave the key out, or leave `online` out."
+                )
+        for method in self.strategy:
+            if type(method).data is not Method.data and not method.keeps_order:
+                raise MethodError(
+                    f"The method {method.name()!r} chooses among all rows of a task before it is "
+                    "learned, and online they come one after another. Remove the method, or leave "
+                    "`online` out."
+                )
 
     # -- one task -----------------------------------------------------------------------------
 
@@ -139,6 +163,8 @@ class Seams(_Base):
             dataset=dataset,
             collate=self.data_collator,
             seed=self.args.seed,
+            online=self.online,
+            rows_in_step=self._rows_in_step(),
         )
         self.strategy.begin_task(self.ctx)
         self._cover_new_weights()
@@ -158,6 +184,10 @@ class Seams(_Base):
         self.end_task_seconds = time.monotonic() - ended
         self.tasks_learned = index + 1
         return output
+
+    def _rows_in_step(self) -> int:
+        each = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return int(each * self.args.world_size)
 
     def _shard(self) -> None:
         # `train` would shard after `begin_task`, and methods would meet whole weights first and
