@@ -202,6 +202,56 @@ def test_a_token_takes_little_more_than_two_bytes() -> None:
     assert buffer.nbytes() <= 2.2 * 640 * 64
 
 
+def outputs(rows: NDArray[np.int64]) -> dict[str, list[NDArray[Any]]]:
+    """What a method might keep of rows: values of each token by their numbers, and of each row."""
+    return {
+        "logits": [np.full((row % 3, 2), row, np.float16) for row in rows],
+        "feature": [np.full((1, 4), -row, np.float32) for row in rows],
+    }
+
+
+def test_what_is_kept_besides_stays_with_its_row(tmp_path: Path) -> None:
+    buffer = Buffer(6)
+    asked: list[int] = []
+
+    def shifted(first: int) -> Callable[[NDArray[np.int64]], Any]:
+        def extras(rows: NDArray[np.int64]) -> Any:
+            assert (np.diff(rows) > 0).all()
+            asked.extend(first + rows)
+            return outputs(first + rows)
+
+        return extras
+
+    for first in (0, 20, 40):
+        rows = numbered(first, 20, text=True)
+        buffer.add(rows, "a", np.random.default_rng(first), extras=shifted(first))
+    again = reloaded(buffer, tmp_path / "buffer.safetensors")
+    drawn = [3, 0, 3, 5]
+    numbers = np.array(kept(buffer))[drawn]
+    for one in (buffer, again):
+        found = one.extras(drawn)
+        assert found["logits"].dtype == np.float16
+        assert found["logits"][:, 0].tolist() == np.repeat(numbers, numbers % 3).tolist()
+        assert found["feature"].tolist() == [[-n] * 4 for n in numbers]
+    assert buffer.nbytes() == sum(t.nbytes for t in buffer.state().tensors.values())
+    assert set(kept(buffer)) <= set(asked)
+    assert len(asked) <= 6 + 6 + 6, "only what is kept when a task ends is looked at"
+
+
+def test_what_is_kept_besides_is_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keeptune.buffer.PART", 7)
+    buffer, sizes = Buffer(None), []
+
+    def extras(rows: NDArray[np.int64]) -> Any:
+        sizes.append(len(rows))
+        return outputs(rows)
+
+    buffer.add(numbered(0, 20, text=True), "a", np.random.default_rng(0), extras=extras)
+    assert sizes == [7, 7, 6]
+    assert kept(buffer) == list(range(20))
+    assert buffer.extras([19, 2])["feature"][:, 0].tolist() == [-19, -2]
+
+
 # -- policies -------------------------------------------------------------------------------------
 
 

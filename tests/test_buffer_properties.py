@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from keeptune.buffer import Buffer, Policy, even_shares, reservoir
 from keeptune.method import State
-from keeptune.rowstore import Rows
+from keeptune.rowstore import Rows, joined
 from keeptune.selection import herd, spread
 from pencil import examples, texts
 
@@ -183,7 +183,7 @@ def test_rows_come_out_as_they_went_in(rows: list[list[tuple[int, bool]]], data:
     at = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9))
     stored = Rows.of(dataset)
     assert stored.take(np.array(at)).dataset(dataset)[:] == dataset.select(at)[:]
-    both = stored.joined(stored).take(np.array(at) + len(rows))
+    both = joined([stored, stored]).take(np.array(at) + len(rows))
     assert both.dataset(dataset)[:] == dataset.select(at)[:]
 
 

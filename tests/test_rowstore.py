@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from keeptune.errors import DataError
-from keeptune.rowstore import Rows
+from keeptune.rowstore import Rows, joined
 from pencil import examples, texts
 
 
@@ -33,15 +33,15 @@ def test_each_kind_of_labels_has_its_own_form() -> None:
 
 
 def test_rows_whose_labels_are_of_two_kinds_can_be_joined() -> None:
-    both = Rows.of(ANSWERS).joined(Rows.of(OTHER))
+    both = joined([Rows.of(ANSWERS), Rows.of(OTHER)])
     assert list(both.dataset(OTHER)) == [*ANSWERS, *OTHER]
 
 
 def test_ids_take_16_bits_where_they_fit() -> None:
     small, large = texts([1, 65_535]), texts([1, 65_536])
-    assert Rows.of(small).ids.dtype == np.uint16
-    assert Rows.of(large).ids.dtype == np.int32
-    both = Rows.of(small).joined(Rows.of(large))
+    assert Rows.of(small).ids.values.dtype == np.uint16
+    assert Rows.of(large).ids.values.dtype == np.int32
+    both = joined([Rows.of(small), Rows.of(large)])
     assert list(both.dataset(small)) == [*small, *large]
 
 
@@ -63,7 +63,7 @@ def test_no_rows_are_rows_too() -> None:
     none = Rows.none()
     assert len(none.take(np.empty(0, np.int64))) == len(none) == 0
     assert list(none.dataset(ANSWERS)) == []
-    assert list(none.joined(Rows.of(ANSWERS)).dataset(ANSWERS)) == list(ANSWERS)
+    assert list(joined([none, Rows.of(ANSWERS)]).dataset(ANSWERS)) == list(ANSWERS)
 
 
 def test_a_row_with_more_labels_than_tokens_is_refused() -> None:
@@ -73,4 +73,4 @@ def test_a_row_with_more_labels_than_tokens_is_refused() -> None:
 
 def test_classes_and_texts_are_not_kept_together() -> None:
     with pytest.raises(DataError, match="cannot be kept together"):
-        Rows.of(ANSWERS).joined(Rows.of(examples((1, 1))))
+        joined([Rows.of(ANSWERS), Rows.of(examples((1, 1)))])

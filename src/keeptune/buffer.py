@@ -6,8 +6,8 @@ drawn depends on the rows, their order and the generator that is given, on nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,16 +16,19 @@ from numpy.typing import NDArray
 
 from keeptune.errors import DataError
 from keeptune.method import State
-from keeptune.rowstore import COLUMNS, Rows
+from keeptune.rowstore import COLUMNS, Rows, joined
 from keeptune.selection import herd, spread
 
 # Up to so many positions are shuffled to draw some, as all were in the runs that are published; of
 # more, a few are found without looking at the others.
 SHUFFLED = 10_000
+PART = 8192  # new rows handled at a time
 Policy = Literal["reservoir", "ring", "balanced", "herding", "surprise", "diversity"]
 Unit = Literal["rows", "tokens"]
 Order = NDArray[np.int64]
 Values = NDArray[np.float32]
+# From row numbers of a data set to what is kept besides: by name, an array [m, ...] for each row.
+Extras = Callable[[Order], Mapping[str, Sequence[NDArray[Any]]]]
 
 
 class Buffer:
@@ -77,6 +80,7 @@ class Buffer:
         task: str,
         random: np.random.Generator,
         values: Values | None = None,
+        extras: Extras | None = None,
     ) -> None:
         """Show every row of a task to the buffer.
 
@@ -86,6 +90,10 @@ class Buffer:
             random: Decides what is left to chance.
             values: What the policy goes by: [n] losses for "surprise", [n, d] features for
                 "herding" and "diversity"; else None.
+            extras: Gives what is kept of a row besides, always or never for one buffer. It is
+                called with the row numbers, ascending, of new rows that are kept, for `PART` of
+                them at a time, and returns for every name one array [m, ...] for each of these
+                rows, where m may differ from row to row, the other axes and the type may not.
 
         Raises:
             DataError: The rows are packed, so that none can be kept alone.
@@ -104,19 +112,24 @@ class Buffer:
         else:
             order, ranks = self._evenly(dataset, number, random, values)
             self._ranks = ranks[order]
-        self._replace(order, dataset, number)
+        self._replace(order, dataset, number, extras)
         self.seen += new
 
-    def _replace(self, order: Order, dataset: Dataset, number: int) -> None:
+    def _replace(self, order: Order, dataset: Dataset, number: int, extras: Extras | None) -> None:
         """Keep these: a number is a place's, or beyond them that of a row of the data set."""
         old = len(self)
         is_new = order >= old
-        rows = Rows.of(dataset.select(order[is_new] - old))
+        new = np.sort(order[is_new]) - old
+        parts = []
+        for begin in range(0, len(new), PART):
+            part = new[begin : begin + PART]
+            rows = Rows.of(dataset.select(part))
+            parts.append(rows if extras is None else rows.with_extras(extras(part)))
         place = order.copy()
-        place[is_new] = old + np.arange(len(rows))
+        place[is_new] = old + np.searchsorted(new, order[is_new] - old)
         small = np.min_scalar_type(len(self._names))
-        tasks = np.concatenate([self._tasks, np.full(len(rows), number)])
-        self._rows = self._rows.joined(rows).take(place)
+        tasks = np.concatenate([self._tasks, np.full(len(new), number)])
+        self._rows = joined([self._rows, *parts]).take(place)
         self._tasks = tasks[place].astype(small)
 
     def _evenly(
@@ -209,7 +222,7 @@ class Buffer:
             return []
         most = amount
         if unit == "tokens":
-            most = -(-amount // max(1, int(self._rows.lengths.min()))) if repeats else able
+            most = -(-amount // max(1, int(self._rows.ids.lengths.min()))) if repeats else able
         picked = self._pick(most, chances, able, random, repeats=repeats)
         if unit == "tokens":
             before = np.cumsum(self._rows.tokens(picked)) - self._rows.tokens(picked)
@@ -253,9 +266,15 @@ class Buffer:
         """The rows at these positions, with the types of `like`."""
         return self._rows.take(np.asarray(positions, np.int64)).dataset(like)
 
+    def extras(self, positions: list[int]) -> dict[str, NDArray[Any]]:
+        """What is kept of these rows besides: by name, one row's values after another's."""
+        at = np.asarray(positions, np.int64)
+        return {name: part.take(at).values for name, part in self._rows.extras.items()}
+
     def state(self) -> State:
         """The buffer as arrays, and the task names."""
-        arrays = self._rows.arrays() | {"tasks": self._tasks, "ranks": self._ranks}
+        arrays = {f"rows/{name}": array for name, array in self._rows.arrays().items()}
+        arrays |= {"tasks": self._tasks, "ranks": self._ranks}
         values = {"seen": self.seen, "names": list(self._names), "kind": self._rows.kind}
         return State({name: torch.from_numpy(array) for name, array in arrays.items()}, values)
 
@@ -263,9 +282,13 @@ class Buffer:
         """Take back what `state` gave."""
         self.seen = int(state.values["seen"])
         self._names = list(state.values["names"])
-        arrays = {name: state.tensors[name].numpy() for name in self.state().tensors}
-        self._tasks, self._ranks = arrays.pop("tasks"), arrays.pop("ranks")
-        self._rows = Rows(**arrays, kind=str(state.values["kind"]))
+        self._tasks, self._ranks = (state.tensors[name].numpy() for name in ("tasks", "ranks"))
+        rows = {
+            name.removeprefix("rows/"): tensor.numpy()
+            for name, tensor in state.tensors.items()
+            if name.startswith("rows/")
+        }
+        self._rows = Rows.from_arrays(rows, str(state.values["kind"]))
 
     def nbytes(self) -> int:
         """Bytes of the kept rows and of what is known of them."""

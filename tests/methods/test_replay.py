@@ -77,7 +77,7 @@ def test_a_shortfall_is_reported_not_repeated() -> None:
 def test_no_more_rows_are_kept_than_size() -> None:
     method = Replay(ratio=1.0, size=7)
     stream(method, [30, 20, 50])
-    assert len(method.state().tensors["lengths"]) == 7
+    assert len(method.state().tensors["tasks"]) == 7
 
 
 def test_the_seed_decides_which_rows_come() -> None:
