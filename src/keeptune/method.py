@@ -142,7 +142,8 @@ class Method(BaseModel):
         active_from: The first task (from 0) on which it must have been active.
         needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
-            "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
+            "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart",
+            "freeze" (chooses which weights are trained in a task).
         excludes: Traits that another method in the strategy must not have.
         keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
             order and adds none before its turn. A method without a `data` verb need not say so.
