@@ -151,7 +151,8 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
 
 def before(runs: Runs) -> str:
     """What was known when the later task began."""
-    lines = ["| | knew the old | other facts | capitals before any training |", "|---|---:|---:|---:|"]
+    head = "| | knew the old | other facts | capitals before any training |"
+    lines = [head, "|---|---:|---:|---:|"]
     for label in METHODS:
         if found := [run for run in runs if run["method"] == label]:
             known = [over_seeds([run["answers"][0][i] for run in found]) for i in (0, 3)]

@@ -140,9 +140,7 @@ def epochs(name: str) -> int:
     return 30 if name.startswith("split") else 10
 
 
-def learner(
-    name: str, methods: list[Method], seed: int, folder: str, **changed: Any
-) -> Learner:
+def learner(name: str, methods: list[Method], seed: int, folder: str, **changed: Any) -> Learner:
     """A fresh model in a trainer; the seed decides its weights and the order of the rows.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -318,7 +317,7 @@ def test_a_method_that_needs_the_whole_task_is_refused() -> None:
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path) -> Iterator[Path]:
+def recipe_file(tmp_path: Path) -> Path:
     folder = pico.tiny_folder(tmp_path)
     lines = [f'{{"prompt": "{i}", "completion": " {i * 7 % 10}"}}' for i in range(10)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -329,7 +328,7 @@ def recipe_file(tmp_path: Path) -> Iterator[Path]:
         "methods: [{replay: {ratio: 1.0}}]\n"
         "trainer: {per_device_train_batch_size: 4, learning_rate: 0.01}\n"
     )
-    yield tmp_path / "stream.yaml"
+    return tmp_path / "stream.yaml"
 
 
 def test_the_flag_and_the_key_are_the_same(recipe_file: Path) -> None:
@@ -413,5 +412,4 @@ def early_loss(seed: int, *methods: Method) -> float:
 
 def test_on_a_stream_that_drifts_replay_keeps_its_beginning() -> None:
     gaps = [early_loss(seed) - early_loss(seed, Replay(ratio=1.0)) for seed in range(3)]
-    print(gaps)
-    assert min(gaps) > 0.1, gaps
+    assert min(gaps) > 0.5, gaps

@@ -100,7 +100,7 @@ def _facts(earlier: Cell, later: Cell) -> list[tuple[int, int]]:
     asked: dict[str, Example] = {}
     for example in earlier.examples:
         asked.setdefault(example.prompt, example)
-    facts = {}
+    facts: dict[int, int] = {}
     for example in later.examples:
         old = asked.get(example.prompt)
         if old is not None and _text(old.expected) != _text(example.expected):

@@ -223,7 +223,7 @@ def test_a_row_without_a_mask_is_there_as_a_whole() -> None:
     [
         ({"layer": 2}, r"FeatureReplay\.layer is 2, but the model has the layers 0 to 1\. Give"),
         ({"module": "nowhere"}, r"FeatureReplay\.module: 0 modules of LlamaForCausalLM are called"),
-        ({"module": "mlp"}, r"2 modules .* called 'mlp'; they are model\.layers\.0\.mlp, model\.la"),
+        ({"module": "mlp"}, r"2 modules .* called 'mlp'; they are model\.layers\.0\.mlp, "),
     ],
 )
 def test_a_place_that_is_not_there_is_refused(settings: dict[str, Any], words: str) -> None:
@@ -232,14 +232,16 @@ def test_a_place_that_is_not_there_is_refused(settings: dict[str, Any], words: s
 
 
 def test_a_model_without_layers_is_asked_for_a_module() -> None:
-    with pytest.raises(MethodError, match=r"TwoLayers has no stack .* Set FeatureReplay\.module to"):
+    with pytest.raises(MethodError, match=r"TwoLayers has no stack .* Set FeatureReplay\.module"):
         FeatureReplay().begin_task(context(TwoLayers(), examples((1, 0))))
 
 
 def test_with_everything_below_nothing_is_left_to_train() -> None:
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], layers_to_transform=0)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], layers_to_transform=0
+    )
     model = pico.adapted(pico.causal_lm(), config)
-    with pytest.raises(MethodError, match="would leave nothing to train.*lower `layer`"):
+    with pytest.raises(MethodError, match=r"would leave nothing to train.*lower `layer`"):
         learned(FeatureReplay(), model)
 
 
@@ -248,7 +250,7 @@ def test_weights_below_that_someone_trains_again_are_refused() -> None:
     ctx = learned(method, model)
     model.model.layers[0].requires_grad_(True)
     zero_gradients(ctx)
-    with pytest.raises(MethodError, match="are trained in task 't1', though it froze them. Remove"):
+    with pytest.raises(MethodError, match=r"are trained in task 't1', though it froze them\. "):
         method.gradients(ctx)
 
 

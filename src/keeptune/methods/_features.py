@@ -1,4 +1,4 @@
-"""What enters one module of a model: taken down, put in its place, and which weights it rests on."""
+"""What enters one module of a model: taken down, put in its place, and the weights below it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ def named(model: nn.Module, name: str) -> nn.Module:
     Raises:
         MethodError: There is none, or several.
     """
-    found = {n: m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")}
+    found: dict[str, nn.Module] = {
+        n: m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")
+    }
     exact = found.get(name)
     if exact is None and len(found) != 1:
         other = f"they are {', '.join(found)}" if found else "see model.named_modules()"
         raise MethodError(
-            f"FeatureReplay.module: {len(found)} modules of {type(model).__name__} are called {name!r}; "
-            f"{other}. Give the whole name of one."
+            f"FeatureReplay.module: {len(found)} modules of {type(model).__name__} are called "
+            f"{name!r}; {other}. Give the whole name of one."
         )
     return exact if exact is not None else next(iter(found.values()))
 
@@ -59,10 +61,11 @@ def layer_of(model: nn.Module, layer: int | None) -> nn.Module:
     layer = count // 2 if layer is None else layer
     if layer >= count:
         raise MethodError(
-            f"FeatureReplay.layer is {layer}, but the model has the layers 0 to {count - 1}. Give one of "
-            "them, or leave it out for the middle one."
+            f"FeatureReplay.layer is {layer}, but the model has the layers 0 to {count - 1}. Give "
+            "one of them, or leave it out for the middle one."
         )
-    return stacks[0][layer]
+    chosen: nn.Module = stacks[0][layer]
+    return chosen
 
 
 def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | int, Tensor]:
@@ -105,7 +108,7 @@ def put_in(module: nn.Module) -> Iterator[Callable[[Context, Batch], Tensor]]:
         swapped = given[0].to(own).view(own.shape)
         if where == 0:
             return (swapped, *args[1:]), kwargs
-        return args, {**kwargs, where: swapped}
+        return args, kwargs | {"hidden_states": swapped}
 
     handle = module.register_forward_pre_hook(swap, with_kwargs=True)
     try:
@@ -115,7 +118,7 @@ def put_in(module: nn.Module) -> Iterator[Callable[[Context, Batch], Tensor]]:
 
 
 def weights_below(ctx: Context, module: nn.Module) -> list[str]:
-    """Names of the trained weights on which what enters the module depends, by automatic differentiation."""
+    """Names of the trained weights on which what enters the module depends, by autograd."""
     trained = ctx.trainable()
     with undisturbed(ctx, trained), taken_down(module) as seen:
         ctx.outputs(ctx.batch([ctx.dataset[0]]))
@@ -170,7 +173,7 @@ def features(ctx: Context, module: nn.Module, numbers: Order) -> list[NDArray[np
 
 
 def of_each_row(entering: Tensor, mask: Tensor) -> list[NDArray[np.float16]]:
-    """What is kept of a batch: of [B, L, D] the tokens' [n, D] of each row, of [B, D] its [1, D]."""
+    """What is kept of a batch: each row's [tokens, D] of [B, L, D], or its [1, D] of [B, D]."""
     if entering.dim() == 2:
         entering, mask = entering[:, None], torch.ones_like(mask[:, :1])
     pairs = zip(entering.to(torch.float16).cpu(), mask.bool().cpu(), strict=True)

@@ -45,6 +45,7 @@ from keeptune.methods._features import (
 )
 from keeptune.methods._reference import batch_gradient, moved_weights
 
+
 class FeatureReplay(Method):
     """Train the upper layers on kept features of earlier tasks beside the new task."""
 
@@ -150,4 +151,3 @@ class FeatureReplay(Method):
     def declared_bytes(self, ctx: Context) -> int:
         """Of each token its features in 16 bits, its label and a bit; of each row its length."""
         return self._buffer.nbytes()
-
