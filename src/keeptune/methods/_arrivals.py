@@ -74,12 +74,13 @@ def mixed(
             "Online, the method 'replay' puts old rows beside new ones in each step, but a step "
             "has one row. Set trainer.per_device_train_batch_size to 2 or more."
         )
+    assert buffer.size is not None
     kept, new = len(buffer), len(dataset)
     found = numbered(
         kept,
         new,
         buffer.seen,
-        kept + new if buffer.size is None else buffer.size,
+        buffer.size,
         rows=ctx.rows_in_step,
         ratio=ratio,
         places=ctx.random("reservoir"),
