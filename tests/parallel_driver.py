@@ -33,6 +33,7 @@ from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
 from keeptune.methods.agem import AGEM
 from keeptune.methods.ewc import EWC
+from keeptune.methods.feature_replay import FeatureReplay
 from keeptune.methods.gem import GEM
 from keeptune.methods.hierarchical import Hierarchical
 from keeptune.methods.l2sp import L2SP
@@ -175,6 +176,9 @@ CASES = {
     "hierarchical": Case(lambda: [Hierarchical(strength=100.0)]),
     # In bf16 another angle between two gradients is no rounding of what a projection does.
     "agem": Case(lambda: [AGEM(rows=5)], places=("accumulated", "checkpointed", "ddp")),
+    "feature_replay": Case(
+        lambda: [FeatureReplay(rows=5)], places=("accumulated", "checkpointed", "ddp")
+    ),
     "gem, LoRA": Case(
         lambda: [GEM(rows=5)], lora=True, places=("accumulated", "checkpointed", "ddp")
     ),

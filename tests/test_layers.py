@@ -25,6 +25,7 @@ METHODS_MAY = {
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
     "keeptune.answers", "keeptune.methods._distil",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
+    "keeptune.methods._arrivals", "keeptune.methods._features",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")
 

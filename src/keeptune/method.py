@@ -62,6 +62,9 @@ class Context:
             it are computed in one pass over the head, together with the trainer's own loss.
         folder: Where a method may keep files while the run goes on; None to keep all in memory.
             Files that are never changed again can be a part of its state.
+        online: Whether the rows are a stream: each comes once, in its order, and none is known
+            before its turn.
+        rows_in_step: Rows of what `data` returns that one optimizer step takes, all processes'.
     """
 
     model: nn.Module
@@ -78,6 +81,8 @@ class Context:
     tokenizer: Any = None
     answers: Answers | None = None
     folder: Path | None = None
+    online: bool = False
+    rows_in_step: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -180,8 +185,11 @@ class Method(BaseModel):
         needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`), "answers"
             (in `ctx.answers`, for terms that do without the logits of all answers at once).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
-            "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
+            "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart",
+            "freeze" (chooses which weights are trained in a task).
         excludes: Traits that another method in the strategy must not have.
+        keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
+            order and adds none before its turn. A method without a `data` verb need not say so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -192,6 +200,7 @@ class Method(BaseModel):
     needs: ClassVar[frozenset[str]] = frozenset()
     traits: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
+    keeps_order: ClassVar[bool] = False
 
     _evidence: dict[str, Any] = PrivateAttr(default_factory=dict)
 

@@ -81,6 +81,8 @@ class Recipe(Part):
     """The strategy: methods that run together, each a name or {name: {setting: value}}."""
     trainer: dict[str, Any] = Field({})
     """Goes as it is to TRL's SFTConfig (for classification: transformers.TrainingArguments)."""
+    online: bool = False
+    """Each task is a stream seen once: its rows are learned in their order, in one pass."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random choice of the run follows from it."""
     out: Annotated[Path, Field(strict=False)] | None = None

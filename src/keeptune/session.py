@@ -39,6 +39,7 @@ class Plan:
         adapter: A PEFT config, or None to train all weights.
         labels: For classification, the names of the classes in order.
         settings: Keys for the trainer's config.
+        online: Whether each task is a stream seen once.
     """
 
     loaded: Loaded
@@ -49,6 +50,7 @@ class Plan:
     adapter: Any = None
     labels: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    online: bool = False
     seed: int = 0
     max_length: int = DEFAULT_LENGTH
     eval_batch_size: int = 16
@@ -204,6 +206,7 @@ def read_plan(recipe: Recipe) -> Plan:
         adapter=adapter_config(recipe),
         labels=labels,
         settings=dict(recipe.trainer),
+        online=recipe.online,
         seed=recipe.seed,
         max_length=context_length(loaded.model, recipe.max_length or DEFAULT_LENGTH),
         eval_batch_size=recipe.eval_batch_size,
@@ -282,6 +285,7 @@ def open_session(plan: Plan) -> Session:
         plan.methods,
         settings,
         collate,
+        online=plan.online,
     )
     return Session(plan, model, tokenised, chain=trainer.strategy, trainer=trainer)
 

@@ -24,7 +24,7 @@ from keeptune.cards import CARD_KEYS, card
 from keeptune.checks import CHECKS
 from keeptune.errors import MethodError
 from keeptune.folder import Evidence, MethodInfo, RunFolder, TaskEvidence
-from keeptune.method import Chain, Method
+from keeptune.method import Chain, Context, Method
 from keeptune.recipe import load_recipe
 from stage import Subject
 
@@ -260,6 +260,27 @@ def _proves(subject: Subject, evidence: list[dict[str, Any]]) -> None:
         if task >= first:
             shown = values.get(proof, math.nan)
             assert shown > 0, f"its proof {proof} is {shown} on task {task}"
+
+
+def keeps_the_order(subject: Subject) -> None:
+    """13: online, a stream's rows are learned in their order, and none in a step before its own."""
+    method, model = subject.make(), stage.build_model(lora=True, dropout=0.0)
+    for task in range(stage.TASKS):
+        rows = stage.rows(task)
+        ctx = Context(model, f"t{task}", task, rows, collate=lambda _: {}, online=True)
+        ctx.rows_in_step = stage.BATCH
+        method.begin_task(ctx)
+        trained = method.data(ctx, rows)["input_ids"]
+        method.end_task(ctx)
+        own, due = {tuple(ids): i for i, ids in enumerate(rows["input_ids"])}, 0
+        for begin in range(0, len(trained), stage.BATCH):
+            known = due
+            for place in (own.get(tuple(ids)) for ids in trained[begin : begin + stage.BATCH]):
+                if place == due:
+                    due += 1
+                elif place is not None:
+                    assert place < known, f"row {place} of task {task} comes before its turn"
+        assert due == len(rows), f"of task {task} only the first {due} rows come in their order"
 
 
 def is_published(cls: type[Method], root: Path = ROOT) -> None:

@@ -59,6 +59,8 @@ VARIANTS = [
     variant("replay", lora=True, policy="surprise", size=6),
     variant("replay", lora=True, policy="diversity", size=6),
     variant("replay", count="tokens", repeats=True),
+    variant("feature_replay", lora=True, layer=0, size=6),
+    variant("feature_replay", module="model.norm", rows=3, strength=0.5),
 ]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
 each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)
@@ -140,6 +142,14 @@ def test_11_gives_evidence(subject: Subject, lora: bool, tmp_path: Path) -> None
 @each_method
 def test_12_is_published(name: str) -> None:
     clauses.is_published(registry.get(name))
+
+
+IN_ORDER = [s for s in SUBJECTS if s.cls.keeps_order]
+
+
+@pytest.mark.parametrize("subject", IN_ORDER, ids=[s.cls.name() for s in IN_ORDER])
+def test_13_keeps_the_order(subject: Subject) -> None:
+    clauses.keeps_the_order(subject)
 
 
 # -- methods with a quadratic penalty -------------------------------------------------------------

@@ -748,6 +748,52 @@ def test_12_not_exported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         clauses.is_published(EWC, tree)
 
 
+# -- 13 -------------------------------------------------------------------------------------------
+
+
+class Shuffles(Partner):
+    """Learns a stream in an order of its own."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset.select(ctx.random("order").permutation(len(dataset)))
+
+
+class PeeksAhead(Partner):
+    """Brings rows of the stream back before they have come."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        ahead = [number for i in range(len(dataset)) for number in (i, (i + 5) % len(dataset))]
+        return dataset.select(ahead)
+
+
+class SameStep(Partner):
+    """Brings a row back in the step in which it comes."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset.select([i // 2 for i in range(2 * len(dataset))])
+
+
+class LeavesOut(Partner):
+    """Drops the last row."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset.select(range(len(dataset) - 1))
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Shuffles, "comes before its turn|only the first"),
+        (PeeksAhead, "comes before its turn"),
+        (SameStep, "comes before its turn"),
+        (LeavesOut, "only the first 9 rows"),
+    ],
+)
+def test_13_a_stream_is_out_of_order(cls: type[Method], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        clauses.keeps_the_order(Subject(cls))
+
+
 # -- methods with a quadratic penalty -------------------------------------------------------------
 
 

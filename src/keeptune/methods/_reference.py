@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
 from keeptune.errors import MethodError
-from keeptune.method import Context, Method, State, wide
+from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.weights import blocks
 
@@ -45,8 +45,27 @@ def mean_gradient(
         rows: The same in all processes.
         words: What the random numbers depend on besides seed and task.
     """
-    rank, world = processes()
     batch = ctx.batch(list(rows))
+    return batch_gradient(ctx, weights, batch, lambda part: ctx.outputs(part).logits, *words)
+
+
+def batch_gradient(
+    ctx: Context,
+    weights: Sequence[nn.Parameter],
+    batch: Batch,
+    logits_of: Callable[[Batch], Tensor],
+    *words: object,
+) -> Gradient:
+    """`mean_gradient` for rows that are a batch already.
+
+    Args:
+        ctx: The task.
+        weights: What is differentiated by.
+        batch: All of it; every tensor has a line for each row.
+        logits_of: From the rows of this process to their logits.
+        words: As there.
+    """
+    rank, world = processes()
     answers = max(1, ctx.answer_labels(batch).numel())
     batch = {key: value[rank::world] for key, value in batch.items()}
     if not len(batch["labels"]):
@@ -54,7 +73,7 @@ def mean_gradient(
     else:
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(int(ctx.random(*words, rank).integers(2**63)))
-            logits = ctx.answer_logits(ctx.outputs(batch).logits, batch)
+            logits = ctx.answer_logits(logits_of(batch), batch)
             loss = F.cross_entropy(wide(logits), ctx.answer_labels(batch), reduction="sum")
             loss = loss * (ctx.grad_scale / answers)
             found = list(torch.autograd.grad(loss, weights, materialize_grads=True))
@@ -173,7 +192,7 @@ class Referenced(Method):
         shown["conflicts"] = shown.get("conflicts", 0) + (min(dots) < 0)
 
     def evidence(self) -> dict[str, Any]:
-        """Old rows looked at and missed, share of conflicts, mean angles in degrees, what is kept."""
+        """Old rows looked at, missed and kept, share of conflicts, mean angles in degrees."""
         shown = dict(self._evidence)
         if steps := shown.pop("steps", 0):
             shown["conflict_share"] = shown.pop("conflicts") / steps
