@@ -93,7 +93,7 @@ class Anchored(Method):
     """
 
     strength: Strength = Field("auto", description=STRENGTH)
-    share: float = Field(1.0, gt=0, description=SHARE)
+    share: float = Field(0.3, gt=0, description=SHARE)
     proximal: bool = Field(
         False,
         description="an implicit step after the optimizer's, instead of a term of the gradient",
