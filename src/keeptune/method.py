@@ -54,6 +54,7 @@ class Context:
         may_overflow: Whether a step is left out when gradients are not finite (fp16).
         answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
         learning_rate: Of the step that was just taken; set for `after_step`.
+        tokenizer: The model's, for methods that let it write; None where the trainer has none.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Context:
     may_overflow: bool = False
     answers_in_step: Tensor | float = 1.0
     learning_rate: float = 0.0
+    tokenizer: Any = None
 
     @property
     def device(self) -> torch.device:

@@ -80,6 +80,7 @@ class Session:
             dataset=self.tokenised[index].dataset,
             collate=tokens.collate(self.tokenizer),
             seed=self.plan.seed,
+            tokenizer=self.tokenizer,
         )
 
     def data_infos(self) -> list[DataInfo]:
