@@ -20,7 +20,7 @@ from stage import Subject
 # The stage's model writes noise: little of it is a row, and none of it agrees with an answer.
 AT: dict[str, dict[str, Any]] = {
     "pseudo_replay": {"ratio": 1.0},
-    "self_rewrite": {"agree": "any"},
+    "self_rewrite": {"agree": "any", "top_k": 20},
 }
 
 

@@ -33,13 +33,12 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from keeptune.method import Batch, Context, Method, State
-from keeptune.methods._writing.before import Before
+from keeptune.methods._writing.before import Before, softened_kl
 from keeptune.methods._writing.chats import Turns
 from keeptune.methods._writing.mixture import Mixture
 from keeptune.methods._writing.rehearsal import Sieve, copies, of_chats, of_task, written
 from keeptune.methods._writing.sampling import require_writer
 from keeptune.methods._writing.stock import Stock
-from keeptune.methods.lwf import softened_kl
 
 CHATS = "(chats)"  # whom rows stand for that belong to no task
 

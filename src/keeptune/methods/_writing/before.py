@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn import functional as F
 
-from keeptune.method import Batch, Context
+from keeptune.method import Batch, Context, wide
 
 
 @dataclass
@@ -51,3 +52,10 @@ class Before:
     def nbytes(self) -> int:
         """Bytes of the copy."""
         return sum(tensor.nbytes for tensor in self.weights.values())
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)) of each row: [N, V] to [N], in nats."""
+    p = F.log_softmax(wide(teacher) / temperature, -1)
+    q = F.log_softmax(wide(student) / temperature, -1)
+    return temperature**2 * F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
