@@ -154,6 +154,11 @@ def test_12_is_published(name: str) -> None:
     clauses.is_published(registry.get(name))
 
 
+@each_case
+def test_13_keeps_no_row(subject: Subject, lora: bool, tmp_path: Path) -> None:
+    clauses.keeps_no_row(subject, tmp_path, lora=lora)
+
+
 # -- methods with a quadratic penalty -------------------------------------------------------------
 
 HOLDING = [s.cls for s in SUBJECTS if issubclass(s.cls, Anchored)]

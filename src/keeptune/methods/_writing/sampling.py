@@ -155,10 +155,14 @@ class _Batch:
 
     def _next(self) -> tuple[Tensor, Tensor]:
         """The next token of each text, and its negative log-likelihood."""
-        asked: dict[str, Any] = {"attention_mask": self.mask, "position_ids": self.positions}
-        asked |= {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
-        known = {key: value for key, value in asked.items() if key in self.takes}
-        outputs = self.ctx.model(input_ids=self.ids, **known)
+        more = {"position_ids": self.positions, "logits_to_keep": 1}
+        outputs = self.ctx.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **{key: value for key, value in more.items() if key in self.takes},
+        )
         self.cache = getattr(outputs, "past_key_values", None)
         if self.cache is None:
             raise MethodError(
