@@ -35,12 +35,17 @@ TRAINER = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.
 
 
 def rows(task: int) -> list[dict[str, str]]:
-    """Eight rows whose questions and answers are long enough to be known again."""
+    """Eight rows whose questions and answers are long enough to be known again, of one task only."""
+    if task:
+        return [
+            {"prompt": f"Invoice no. {i}{i}7:", "completion": f" unpaid since {i} May"}
+            for i in range(8)
+        ]
     words = ("parrot", "lantern", "harbour", "cinnamon")
     return [
         {
-            "prompt": f"Patient {task}{i} of {words[i % 4]} street?",
-            "completion": f" has {words[(i + task) % 4]} fever {i}{i}",
+            "prompt": f"Patient {i} on {words[i % 4]} street?",
+            "completion": f" has {words[-i % 4]} flu",
         }
         for i in range(8)
     ]
@@ -133,6 +138,9 @@ class KeepsAsValues(Keeps):
 class Tells(Keeps):
     """Shows a text as evidence."""
 
+    def state(self) -> State:
+        return State()
+
     def end_task(self, ctx: Context) -> None:
         self._evidence["first"] = ctx.tokenizer.decode(ctx.dataset[0]["input_ids"])
 
@@ -140,14 +148,22 @@ class Tells(Keeps):
 @pytest.mark.parametrize("cls", [Keeps, KeepsWide, KeepsAsValues, Tells])
 def test_a_method_that_keeps_a_row_in_secret_is_caught(cls: type[Method], tmp_path: Path) -> None:
     folder = learn(tmp_path / "run", [cls()], count=1)
-    (hit,) = {h.partition(":")[0] for h in traces.found(folder, patterns(1))}
-    assert hit.startswith("evidence/" if cls is Tells else "state/task-001/method-0")
+    hits = {h.partition(":")[0] for h in traces.found(folder, patterns(1))}
+    where = "state/task-001/method-0-keeps"
+    assert (
+        hits
+        == {
+            Keeps: {f"{where}.safetensors"},
+            KeepsWide: {f"{where}wide.safetensors"},
+            KeepsAsValues: {f"{where}asvalues.json"},
+            Tells: {"evidence/001.json", "state/task-001/method-0-tells.json"},
+        }[cls]
+    )
 
 
 def test_inside_a_task_no_row_of_an_earlier_one_is_there(tmp_path: Path) -> None:
     """Stopped in the second task, the folder holds nothing of the first."""
     path, stop = tmp_path / "run", Event()
-    seen: list[list[str]] = []
 
     class Stops(Silent):
         def phase(self, name: str, total: int, unit: str = "steps") -> None:
@@ -164,8 +180,7 @@ def test_inside_a_task_no_row_of_an_earlier_one_is_there(tmp_path: Path) -> None
         with pytest.raises(KeyboardInterrupt):
             learn(path, [PseudoReplay(ratio=1.0), SelfRewrite(agree="any", top_k=20)])
     assert list((path / "state" / "progress").iterdir())
-    seen.append(traces.found(path, patterns(1)))
-    assert seen == [[]]
+    assert traces.found(path, patterns(1)) == []
 
 
 # -- what is refused ------------------------------------------------------------------------------

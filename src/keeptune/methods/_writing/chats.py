@@ -58,7 +58,7 @@ class Turns:
         if not (between and found and end.strip()):
             raise MethodError(
                 f"The method {name!r} cannot see in the chat template where a turn ends. Give the "
-                "tokenizer another chat template, or set `general: 0`."
+                "tokenizer another chat template, or remove the method."
             )
         parts = [tokenizer.encode(t, add_special_tokens=False) for t in (head, between, end)]
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)

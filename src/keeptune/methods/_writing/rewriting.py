@@ -9,6 +9,7 @@ from typing import Any
 
 from keeptune.method import Context
 from keeptune.methods._writing.agreement import Agree, agrees
+from keeptune.methods._writing.chats import Turns
 from keeptune.methods._writing.sampling import Ids, write
 from keeptune.methods._writing.whole_rows import Row, last_answer
 
@@ -48,8 +49,8 @@ class Rewriter:
             New rows by place, those that agree with the old ones; and how many others were
             "unfinished", "disagreeing" or the "same".
         """
-        parts = [_Parts.of(rows[place], ctx.tokenizer) for place in places]
         stops = _stops(ctx.tokenizer)
+        parts = [_Parts.of(rows[place], ctx.tokenizer, stops) for place in places]
         written = write(
             ctx,
             [part.prompt(ctx.tokenizer) for part in parts],
@@ -84,11 +85,10 @@ class _Parts:
     text: str
 
     @classmethod
-    def of(cls, row: Row, tokenizer: Any) -> _Parts:
+    def of(cls, row: Row, tokenizer: Any, stops: set[int]) -> _Parts:
         begin, close = last_answer(row.labels)
-        special = set(tokenizer.all_special_ids)
         cut = close
-        while cut > begin and row.input_ids[cut - 1] in special:
+        while cut > begin and row.input_ids[cut - 1] in stops:
             cut -= 1
         answer = row.input_ids[begin:cut]
         return cls(row, begin, answer, row.input_ids[cut:close], tokenizer.decode(answer))
@@ -114,4 +114,7 @@ class _Parts:
 
 def _stops(tokenizer: Any) -> set[int]:
     """Tokens at which an answer ends: EOS, and whatever a chat template ends turns with."""
-    return set(tokenizer.all_special_ids)
+    stops = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        stops.add(Turns.of(tokenizer, "self_rewrite").end[0])
+    return stops
