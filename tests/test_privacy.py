@@ -35,7 +35,7 @@ TRAINER = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.
 
 
 def rows(task: int) -> list[dict[str, str]]:
-    """Eight rows whose questions and answers are long enough to be known again, of one task only."""
+    """Eight rows of one task, long enough to be known again."""
     if task:
         return [
             {"prompt": f"Invoice no. {i}{i}7:", "completion": f" unpaid since {i} May"}
@@ -156,7 +156,7 @@ def test_a_method_that_keeps_a_row_in_secret_is_caught(cls: type[Method], tmp_pa
             Keeps: {f"{where}.safetensors"},
             KeepsWide: {f"{where}wide.safetensors"},
             KeepsAsValues: {f"{where}asvalues.json"},
-            Tells: {"evidence/001.json", "state/task-001/method-0-tells.json"},
+            Tells: {"evidence/001.json", "report.html", "state/task-001/method-0-tells.json"},
         }[cls]
     )
 

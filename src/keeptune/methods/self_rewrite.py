@@ -12,9 +12,10 @@ Use when: answers are longer texts, in a style that is not the model's, and its 
 Not when: answers are labels or names, of which there are no other words; or the style of the data
     is what is to be learned. Small models seldom agree with the reference (see `share_rewritten`).
 Differs from the paper: the request is the paper's, put as a user's turn where there is a chat
-    template; the likeliest answer is taken (top_k 1). The paper compares final answers in
-    mathematics and takes every answer elsewhere; here `agree` is chosen, and by default all words
-    of the reference must be there. It is not the later SDFT of Shenfeld et al. 2026.
+    template; special tokens are left out of what is asked; the likeliest answer is taken (top_k 1).
+    The paper compares final answers in mathematics and takes every answer elsewhere; here `agree`
+    is chosen, and by default all words of the reference must be there. It is not the later SDFT of
+    Shenfeld et al. 2026.
 Status: contract tested
 """
 

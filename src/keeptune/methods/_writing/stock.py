@@ -61,8 +61,8 @@ class Stock:
 
 def rows_of(dataset: Dataset) -> list[Row]:
     """Tokenised rows one by one."""
-    columns = dataset.select_columns(COLUMNS)
-    return [Row(row["input_ids"], row["labels"]) for row in columns]
+    columns = dataset.select_columns(COLUMNS).to_dict()
+    return [Row(*pair) for pair in zip(columns["input_ids"], columns["labels"], strict=True)]
 
 
 def dataset_of(rows: Iterable[Row], like: Dataset) -> Dataset:
