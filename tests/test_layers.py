@@ -26,6 +26,7 @@ METHODS_MAY = {
     "keeptune.answers", "keeptune.methods._distil",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
     "keeptune.methods._arrivals", "keeptune.methods._features",
+    "keeptune.methods._writing",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")
 

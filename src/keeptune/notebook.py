@@ -61,14 +61,14 @@ def fit(
         guards: Name to evaluation rows that must not get worse, or `Guard` objects.
         adapter: A PEFT config; None trains all weights.
         **settings: `trainer`, `online`, `seed`, `max_length`, `eval_batch_size`,
-            `checkpoint_minutes`, `progress`, each as in a recipe.
+            `checkpoint_minutes`, `privacy`, `progress`, each as in a recipe.
 
     Raises:
         KeeptuneError: Anything a user can mend.
     """
     allowed = {
         "trainer", "online", "seed", "max_length", "eval_batch_size", "checkpoint_minutes",
-        "progress",
+        "privacy", "progress",
     }  # fmt: skip
     if unknown := set(settings) - allowed:
         raise RecipeError(f"fit has no setting {sorted(unknown)[0]!r}. Allowed: {sorted(allowed)}.")
@@ -110,7 +110,7 @@ def _plan(
         settings=dict(settings.get("trainer", {})),
         max_length=settings.get("max_length") or DEFAULT_LENGTH,
     )
-    for key in ("online", "seed", "eval_batch_size", "checkpoint_minutes"):
+    for key in ("online", "seed", "eval_batch_size", "checkpoint_minutes", "privacy"):
         if key in settings:
             setattr(plan, key, settings[key])
     return plan

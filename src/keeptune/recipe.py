@@ -93,6 +93,8 @@ class Recipe(Part):
     """Longest row in tokens, longer ones are cut; default: 1024 or the model's own limit."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """Minutes between two saved states inside a task; 0 saves after every step."""
+    privacy: Literal["open", "strict"] = "open"
+    """strict: no method may keep training rows, and results are kept without any text."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only for models whose code you have read."""
 

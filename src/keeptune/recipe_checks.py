@@ -158,7 +158,7 @@ def _raise(problems: Iterator[str]) -> None:
 
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
-    from keeptune import registry
+    from keeptune import privacy, registry
     from keeptune.method import Chain
 
     built = []
@@ -172,6 +172,8 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
         Chain(built)
     except KeeptuneError as error:
         yield f"{recipe.where('methods')}: {error}"
+    if said := privacy.refusal(built, recipe.privacy):
+        yield f"{recipe.where('methods')}: {said}"
 
 
 def _trainer_problems(recipe: Recipe) -> Iterator[str]:

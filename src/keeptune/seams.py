@@ -156,11 +156,14 @@ class Seams(LossTerms):
             online=self.online,
             rows_in_step=self._rows_in_step(),
         )
-        self.strategy.begin_task(self.ctx)
-        self._cover_new_weights()
-        self.train_dataset = self.strategy.data(self.ctx, dataset.select_columns(prepared))
         if resume is True:
             resume = get_last_checkpoint(self.args.output_dir)
+        self.strategy.begin_task(self.ctx)
+        self._cover_new_weights()
+        if resume:
+            # Rows that a method had the model write are to be those of the run that was stopped.
+            self._restore_methods(Path(resume))
+        self.train_dataset = self.strategy.data(self.ctx, dataset.select_columns(prepared))
         if resume:
             self._restore(Path(resume))
         # Adam's moments of the last task must not leak into this one.
@@ -210,6 +213,10 @@ class Seams(LossTerms):
         return self.learn(task, self.train_dataset, resume=resume_from_checkpoint)
 
     def _restore(self, checkpoint: Path) -> None:
+        """Put everything back that `train` does not; again, since `data` may have changed it."""
+        self._restore_methods(checkpoint)
+
+    def _restore_methods(self, checkpoint: Path) -> None:
         assert self.ctx is not None
         folder = checkpoint / "keeptune"
         if folder.is_dir():

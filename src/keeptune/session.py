@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from keeptune import registry, tokens
-from keeptune.errors import DataError, KeeptuneError, RecipeError
+from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
 from keeptune.folder import DataInfo, MethodInfo
 from keeptune.guard import Guard, read_guard
 from keeptune.likelihood import context_length
 from keeptune.method import Chain, Context, Method
 from keeptune.models import Loaded, load
+from keeptune.privacy import Privacy, refusal
 from keeptune.recipe import Recipe
 from keeptune.recipe_checks import check_recipe, peft_settings
 from keeptune.recipe_parts import TaskRecipe
@@ -55,6 +56,7 @@ class Plan:
     max_length: int = DEFAULT_LENGTH
     eval_batch_size: int = 16
     checkpoint_minutes: float = 10.0
+    privacy: Privacy = "open"
 
 
 @dataclass
@@ -211,6 +213,7 @@ def read_plan(recipe: Recipe) -> Plan:
         max_length=context_length(loaded.model, recipe.max_length or DEFAULT_LENGTH),
         eval_batch_size=recipe.eval_batch_size,
         checkpoint_minutes=recipe.checkpoint_minutes,
+        privacy=recipe.privacy,
     )
 
 
@@ -267,6 +270,8 @@ def open_session(plan: Plan) -> Session:
     Raises:
         KeeptuneError: Rows that cannot be tokenised, or methods that do not fit.
     """
+    if said := refusal(plan.methods, plan.privacy):
+        raise MethodError(said)
     collate = tokens.collate(plan.loaded.tokenizer)
     tokenised = [
         tokens.tokenise(

@@ -74,9 +74,13 @@ class Checkpoints(Seams):
         for folder in older:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore_methods(self, checkpoint: Path) -> None:
         assert self.ctx is not None
         state.read_methods(checkpoint, self.strategy, self.ctx)
+
+    def _restore(self, checkpoint: Path) -> None:
+        super()._restore(checkpoint)
+        assert self.ctx is not None
         weights = load_file(checkpoint / "weights.safetensors")
         state.put_tensors(self.ctx.model, weights)
 

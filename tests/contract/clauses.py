@@ -19,6 +19,7 @@ import torch
 import keeptune
 import runs
 import stage
+import traces
 from keeptune import registry
 from keeptune.cards import CARD_KEYS, card
 from keeptune.checks import CHECKS
@@ -249,6 +250,16 @@ def gives_evidence(subject: Subject, folder: Path, *, lora: bool) -> None:
         run.write_evidence(TaskEvidence(task=names[index], index=index, methods=shown))
     (check,) = [c for c in CHECKS if c.code == "KT001"]
     assert check.run(run) is None, check.run(run)
+
+
+def keeps_no_row(subject: Subject, folder: Path, *, lora: bool) -> None:
+    """13: unless it says that it keeps old rows, none of a task that has ended is in its state."""
+    if "buffer" in subject.cls.traits:
+        return
+    stage.interrupted(subject, folder, lora=lora)
+    ended = [row["input_ids"] for task in range(stage.TASKS - 1) for row in stage.rows(task)]
+    hits = traces.found(folder, (p for ids in ended for p in traces.tokens(ids)))
+    assert not hits, f"a row of an earlier task is in {hits[0]}"
 
 
 def _proves(subject: Subject, evidence: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,7 +194,9 @@ def build(
     seed: int = 0,
 ) -> tuple[TextTrainer, Seen]:
     """A trainer over a fresh model, and what it will have shown."""
-    model, tokenizer, seen = build_model(lora, dropout), pico.tokenizer(), Seen()
+    model, seen = build_model(lora, dropout), Seen()
+    letters = string.printable[: VOCAB - len(pico.SPECIAL)]
+    tokenizer = pico.tokenizer(chat=True, letters=letters)
     settings = SETTINGS | {
         "per_device_train_batch_size": BATCH // cut,
         "gradient_accumulation_steps": cut,

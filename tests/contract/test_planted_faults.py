@@ -794,6 +794,35 @@ def test_13_a_stream_is_out_of_order(cls: type[Method], words: str) -> None:
         clauses.keeps_the_order(Subject(cls))
 
 
+# -- 14 -------------------------------------------------------------------------------------------
+
+
+class Undeclared(Replay):
+    """Keeps rows as replay does, and does not say so."""
+
+    traits: ClassVar[frozenset[str]] = frozenset()
+
+
+class Listed(Partner):
+    """Keeps one row among its values."""
+
+    _row: list[int] = PrivateAttr(default_factory=list)
+
+    def end_task(self, ctx: Context) -> None:
+        self._row = list(ctx.dataset[0]["input_ids"])
+
+    def state(self) -> State:
+        return State(values={"row": self._row})
+
+    def restore(self, ctx: Context, state: State) -> None:
+        self._row = state.values["row"]
+
+
+@pytest.mark.parametrize("cls", [Undeclared, Listed])
+def test_14_keeps_a_row(cls: type[Method], tmp_path: Path) -> None:
+    caught(clauses.keeps_no_row, cls, "a row of an earlier task is in", tmp_path)
+
+
 # -- methods with a quadratic penalty -------------------------------------------------------------
 
 
