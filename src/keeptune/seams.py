@@ -174,8 +174,8 @@ class Seams(_Base):
     def _cover_new_weights(self) -> None:
         assert self.ctx is not None
         if not self.is_fsdp_enabled:
-            if any("structure" in m.traits for m in self.strategy):
-                # DDP knows only the weights that were there when it was made.
+            if any(m.traits & {"structure", "freeze"} for m in self.strategy):
+                # DDP knows only the weights that were there, and trained, when it was made.
                 self.model_wrapped = self.model
         elif not all(isinstance(p, DTensor) for p in self.ctx.trainable().values()):
             raise MethodError(
@@ -290,6 +290,10 @@ class _Verbs(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ctx is not None:
+            self.trainer.ctx.steps = state.max_steps
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any

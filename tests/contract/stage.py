@@ -105,8 +105,10 @@ class Watched(Chain):
         super().__init__(methods)
         self.seen = seen
         self.parts: tuple[list[nn.Parameter], list[nn.Module]] = ([], [])
+        self.found: dict[nn.Parameter, bool] = {}
 
     def begin_task(self, ctx: Context) -> None:
+        self.found = {p: p.requires_grad for p in ctx.model.parameters()}
         super().begin_task(ctx)
         self.parts = (list(ctx.model.parameters()), list(ctx.model.modules()))
 
@@ -128,14 +130,21 @@ class Watched(Chain):
         self.weigh("in the middle of", ctx)
 
     def end_task(self, ctx: Context) -> None:
-        with self._untouched("end_task"):
-            super().end_task(ctx)
+        before = _surroundings(*self.parts)
+        if not any("structure" in method.traits for method in self.methods):
+            # What is frozen for a task is given free at its end.
+            before["requires_grad"] = [self.found[p] for p in self.parts[0]]
+        super().end_task(ctx)
+        self._compare("end_task", before)
         self.weigh("after", ctx)
 
     @contextmanager
     def _untouched(self, verb: str) -> Iterator[None]:
         before = _surroundings(*self.parts)
         yield
+        self._compare(verb, before)
+
+    def _compare(self, verb: str, before: dict[str, Any]) -> None:
         for what, now in _surroundings(*self.parts).items():
             if before[what] != now:
                 self.seen.disturbed.append(f"{verb} changed {what}")
@@ -214,7 +223,8 @@ def go(trainer: TextTrainer, seen: Seen, tasks: range, resume: Path | None = Non
         own = state.own_tensors(trainer.model)
         seen.weights.append({n: t.detach().clone() for n, t in own.items()})
         seen.evidence.append([m.evidence() for m in trainer.strategy])
-    seen.base_moved = not same(base, _base(trainer.model))
+    now = _base(trainer.model)
+    seen.base_moved = not same(base, {n: now.get(n, t + 1) for n, t in base.items()})
     seen.logits = answers(trainer.model)
 
 

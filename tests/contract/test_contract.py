@@ -48,6 +48,10 @@ VARIANTS = [
     variant("l2sp", to="base"),
     variant("hierarchical", lora=True, on="factors"),
     variant("gem", margin=0.0),
+    variant("freeze", cache=True),
+    variant("freeze", cache=True, cache_gb=2e-6),  # room for some rows only
+    variant("freeze", layers=0.0, embeddings=False, patterns=("*layers.0.*",)),
+    variant("half", share=0.25),
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.
     variant("replay", policy="reservoir", size=6),

@@ -26,6 +26,7 @@ from keeptune.errors import MethodError
 from keeptune.method import Batch, Chain, Context, Method, State
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
 from keeptune.methods.ewc import EWC, Estimator
+from keeptune.methods.freeze import Freeze
 from keeptune.methods.lwf import LwF, softened_kl
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
@@ -489,10 +490,18 @@ class DrawsPython(Partner):
         random.random()
 
 
+class StaysFrozen(Freeze):
+    """Does not give free what it froze for the task."""
+
+    def end_task(self, ctx: Context) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
         (Freezes, "after_step changed requires_grad"),
+        (StaysFrozen, "end_task changed requires_grad"),
         (StaysInEval, "end_task changed train mode"),
         (DrawsTorch, "gradients changed torch's global random numbers"),
         (DrawsNumpy, "data changed numpy's global random numbers"),
