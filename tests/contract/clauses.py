@@ -26,6 +26,7 @@ from keeptune.errors import MethodError
 from keeptune.folder import Evidence, MethodInfo, RunFolder, TaskEvidence
 from keeptune.method import Chain, Method
 from keeptune.recipe import load_recipe
+from partners import Merger, Shrink
 from stage import Subject
 
 ROOT = Path(__file__).parents[2]
@@ -260,6 +261,17 @@ def _proves(subject: Subject, evidence: list[dict[str, Any]]) -> None:
         if task >= first:
             shown = values.get(proof, math.nan)
             assert shown > 0, f"its proof {proof} is {shown} on task {task}"
+
+
+def old_answers_stay(subject: Subject, *, lora: bool) -> None:
+    """13: what claims isolation: whatever is learned later, beside whom and with which optimizer,
+    an earlier task served by its name is answered bit for bit as right after it was learned.
+    """
+    for other in (None, Shrink, Merger):
+        beside = "" if other is None else f" beside {other.__name__}"
+        for task, first, later in stage.answers_again(subject, other, lora=lora):
+            off = float((first - later).abs().max())
+            assert off == 0, f"answers of task {task} moved by {off:.1g}{beside}"
 
 
 def is_published(cls: type[Method], root: Path = ROOT) -> None:

@@ -52,6 +52,7 @@ VARIANTS = [
     variant("freeze", cache=True, cache_gb=2e-6),  # room for some rows only
     variant("freeze", layers=0.0, embeddings=False, patterns=("*layers.0.*",)),
     variant("half", share=0.25),
+    variant("packnet", prune=0.75, after=0.5),  # prunes before the interruption
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.
     variant("replay", policy="reservoir", size=6),
@@ -142,6 +143,14 @@ def test_11_gives_evidence(subject: Subject, lora: bool, tmp_path: Path) -> None
 @each_method
 def test_12_is_published(name: str) -> None:
     clauses.is_published(registry.get(name))
+
+
+ISOLATING = [case for case in CASES if "isolation" in case.values[0].cls.traits]
+
+
+@pytest.mark.parametrize(("subject", "lora"), ISOLATING)
+def test_13_old_answers_stay(subject: Subject, lora: bool) -> None:
+    clauses.old_answers_stay(subject, lora=lora)
 
 
 # -- methods with a quadratic penalty -------------------------------------------------------------

@@ -29,7 +29,7 @@ BEYOND_IDS = ("inputs_embeds", "past_key_values", "position_ids", "token_type_id
 BYTES = 2  # of a bfloat16
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a forward pass above the frozen layers."""
 
 
@@ -152,14 +152,14 @@ class Bottom:
         def stop(module: nn.Module, inputs: Any, output: Any) -> None:
             self.in_tuple = isinstance(output, tuple)
             found.append(output[0] if self.in_tuple else output)
-            raise _Enough
+            raise _EnoughError
 
         handle = self.blocks[-1].register_forward_hook(stop)
         self.busy = True
         try:
             with torch.no_grad():
                 self.model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), **more)
-        except _Enough:
+        except _EnoughError:
             pass
         finally:
             self.busy = False
