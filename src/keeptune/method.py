@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from keeptune.errors import MethodError, suggest
 
 IGNORED = -100  # a label without loss, as everywhere in torch
+ADDED = "keeptune_added"  # a module of the model's own with weights that a method adds
 OPTIONS = "options"  # a column for methods, which no trainer sees: the rows of every choice
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
