@@ -27,6 +27,7 @@ METHODS_MAY = {
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
     "keeptune.methods._arrivals", "keeptune.methods._features",
     "keeptune.methods._writing",
+    "keeptune.methods._isolate",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")
 

@@ -27,6 +27,7 @@ from keeptune.errors import MethodError
 from keeptune.folder import Evidence, MethodInfo, RunFolder, TaskEvidence
 from keeptune.method import Chain, Context, Method
 from keeptune.recipe import load_recipe
+from partners import Merger, Shrink
 from stage import Subject
 
 ROOT = Path(__file__).parents[2]
@@ -291,7 +292,15 @@ def keeps_the_order(subject: Subject) -> None:
                     due += 1
                 elif place is not None:
                     assert place < known, f"row {place} of task {task} comes before its turn"
-        assert due == len(rows), f"of task {task} only the first {due} rows come in their order"
+    XX_answers_stay(subject: Subject, *, lora: bool) -> None:
+    """15: what claims isolation: whatever is learned later, beside whom and with which optimizer,
+    an earlier task served by its name is answered bit for bit as right after it was learned.
+    """
+    for other in (None, Shrink, Merger):
+        beside = "" if other is None else f" beside {other.__name__}"
+        for task, first, later in stage.answers_again(subject, other, lora=lora):
+            off = float((first - later).abs().max())
+            assert off == 0, f"answers of task {task} moved by {off:.1g}{beside}"
 
 
 def is_published(cls: type[Method], root: Path = ROOT) -> None:

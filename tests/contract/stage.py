@@ -192,12 +192,13 @@ def build(
     cut: int = 1,
     dropout: float = DROPOUT,
     seed: int = 0,
+    settings: dict[str, Any] = SETTINGS,
 ) -> tuple[TextTrainer, Seen]:
     """A trainer over a fresh model, and what it will have shown."""
     model, seen = build_model(lora, dropout), Seen()
     letters = string.printable[: VOCAB - len(pico.SPECIAL)]
     tokenizer = pico.tokenizer(chat=True, letters=letters)
-    settings = SETTINGS | {
+    settings = settings | {
         "per_device_train_batch_size": BATCH // cut,
         "gradient_accumulation_steps": cut,
         "seed": seed,
@@ -313,6 +314,33 @@ def interrupted(subject: Subject, folder: Path, *, lora: bool) -> Seen:
     state.put_tensors(again.model, state.load_file(folder / "weights.safetensors"))
     go(again, seen, range(TASKS - 1, TASKS), resume=progress)
     return seen
+
+
+def answers_again(
+    subject: Subject, other: type[Method] | None, *, lora: bool, tasks: int = 4
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Learn tasks by AdamW with weight decay; serve each after itself and all that follow.
+
+    Returns:
+        (task, its answers right after it, its answers after a later task).
+    """
+    methods = [subject.make(), *([other()] if other else [])]
+    trainer, _ = build(
+        methods,
+        lora=lora,
+        settings=SETTINGS | {"optim": "adamw_torch", "learning_rate": 0.02, "weight_decay": 0.1},
+    )
+    first, found = [], []
+    for task in range(tasks):
+        trainer.learn(f"t{task}", rows(task), index=task)
+        for earlier in range(task + 1):
+            trainer.strategy.serve(trainer.ctx, f"t{earlier}")
+            now = answers(trainer.model)
+            if earlier == task:
+                first.append(now)
+            else:
+                found.append((earlier, first[earlier], now))
+    return found
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

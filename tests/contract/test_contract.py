@@ -62,6 +62,11 @@ VARIANTS = [
     variant("lwf", targets="recorded"),
     variant("lwf", lora=True, targets="recorded", top_k=4),
     variant("gem", margin=0.0),
+    variant("freeze", cache=True),
+    variant("freeze", cache=True, cache_gb=2e-6),  # room for some rows only
+    variant("freeze", layers=0.0, embeddings=False, patterns=("*layers.0.*",)),
+    variant("half", share=0.25),
+    variant("packnet", prune=0.75, after=0.5),  # prunes before the interruption
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.
     variant("replay", policy="reservoir", size=6),
@@ -169,6 +174,14 @@ def test_13_keeps_the_order(subject: Subject) -> None:
 @each_case
 def test_14_keeps_no_row(subject: Subject, lora: bool, tmp_path: Path) -> None:
     clauses.keeps_no_row(subject, tmp_path, lora=lora)
+
+
+ISOLATING = [case for case in CASES if "isolation" in case.values[0].cls.traits]
+
+
+@pytest.mark.parametrize(("subject", "lora"), ISOLATING)
+def test_15_old_answers_stay(subject: Subject, lora: bool) -> None:
+    clauses.old_answers_stay(subject, lora=lora)
 
 
 # -- methods with a quadratic penalty -------------------------------------------------------------

@@ -25,8 +25,12 @@ from keeptune import registry
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Chain, Context, Method, State
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
+from keeptune.methods._isolate import layers
 from keeptune.methods.ewc import EWC, Estimator
+from keeptune.methods.freeze import Freeze
 from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods.packnet import PackNet
+from keeptune.methods.progressive import Progressive
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
@@ -489,10 +493,18 @@ class DrawsPython(Partner):
         random.random()
 
 
+class StaysFrozen(Freeze):
+    """Does not give free what it froze for the task."""
+
+    def end_task(self, ctx: Context) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
         (Freezes, "after_step changed requires_grad"),
+        (StaysFrozen, "end_task changed requires_grad"),
         (StaysInEval, "end_task changed train mode"),
         (DrawsTorch, "gradients changed torch's global random numbers"),
         (DrawsNumpy, "data changed numpy's global random numbers"),
@@ -821,6 +833,72 @@ class Listed(Partner):
 @pytest.mark.parametrize("cls", [Undeclared, Listed])
 def test_14_keeps_a_row(cls: type[Method], tmp_path: Path) -> None:
     caught(clauses.keeps_no_row, cls, "a row of an earlier task is in", tmp_path)
+
+
+# -- 15 -------------------------------------------------------------------------------------------
+
+
+class Decays(PackNet):
+    """AdamW moves what earlier tasks own: nothing is put back."""
+
+    def after_step(self, ctx: Context) -> None:
+        if not self._pruned:
+            super().after_step(ctx)
+
+    def end_task(self, ctx: Context) -> None:
+        self._owned.moves = {}
+        super().end_task(ctx)
+
+
+class ServesAll(PackNet):
+    """Serves every task with the weights of all."""
+
+    def serve(self, ctx: Context, task: str | None) -> None:
+        super().serve(ctx, None)
+
+
+class OneAdapter(TaskLoRA):
+    """Trains the first task's adapter on."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self._adapters[ctx.task] = "task_000"
+        ctx.model.set_adapter("task_000")
+
+    def end_task(self, ctx: Context) -> None:
+        self._evidence.update(adapters=1)
+
+
+class TrainsOldColumns(Progressive):
+    """A new task trains the columns of earlier ones on."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self._columns(ctx).requires_grad_(True)
+
+
+class Leaks(Progressive):
+    """What a new column says enters the model's first layer, which older columns read."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        up = list(self._columns(ctx))[-1].up
+        first = layers(ctx.model, "leaks")[1][0]
+        first.register_forward_hook(lambda module, inputs, output: output + up.detach().sum())
+
+
+@pytest.mark.parametrize(
+    ("cls", "lora"),
+    [
+        (Decays, False),
+        (ServesAll, False),
+        (OneAdapter, True),
+        (TrainsOldColumns, False),
+        (Leaks, False),
+    ],
+)
+def test_15_old_answers_move(cls: type[Method], lora: bool) -> None:
+    caught(clauses.old_answers_stay, cls, "answers of task 0 moved by", lora=lora)
 
 
 # -- methods with a quadratic penalty -------------------------------------------------------------

@@ -44,7 +44,7 @@ class TaskLoRA(Method):
     proof: ClassVar[str] = "adapters"
     active_from: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"adapter"})
-    traits: ClassVar[frozenset[str]] = frozenset({"structure"})
+    traits: ClassVar[frozenset[str]] = frozenset({"isolation", "structure"})
     excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "restart", "structure"})
 
     _adapters: dict[str, str] = PrivateAttr(default_factory=dict)
