@@ -24,6 +24,7 @@ METHODS_MAY = {
     "__future__", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
+    "keeptune.methods._slow", "keeptune.methods._adapters", "keeptune.methods._stack",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.trainers")
 

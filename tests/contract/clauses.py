@@ -164,6 +164,13 @@ def leaves_all_as_found(subject: Subject, *, lora: bool) -> None:
     assert not disturbed, f"{sorted(set(disturbed))}"
 
 
+def serving_is_invisible(subject: Subject, *, lora: bool) -> None:
+    """8: whether the model answers between the tasks changes nothing of what is learned."""
+    silent, served = (stage.run((subject,), lora=lora, served=served) for served in (False, True))
+    assert stage.same(silent.weights[-1], served.weights[-1]), "answering changed the learning"
+    assert silent.evidence == served.evidence, "answering changed the evidence"
+
+
 def declares_its_memory(subject: Subject, *, lora: bool) -> None:
     """9: the bytes it declares are those of its state, in a task and after it; none are hidden."""
     for when, declared, kept, held in stage.run((subject,), lora=lora).memory:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 import anchors
+import averages
 import clauses
 from keeptune import registry
 from keeptune.method import Method
 from keeptune.methods._anchor import Anchored, Travelled
+from keeptune.methods._slow import Slow
 from keeptune.methods.ewc import EWC
 from partners import PARTNERS
 from stage import Subject
@@ -47,6 +49,7 @@ VARIANTS = [
     variant("l2sp", proximal=True),
     variant("l2sp", to="base"),
     variant("hierarchical", lora=True, on="factors"),
+    variant("ema", start="slow"),
     variant("gem", margin=0.0),
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.
@@ -58,6 +61,7 @@ VARIANTS = [
     variant("replay", lora=True, policy="diversity", size=6),
     variant("replay", count="tokens", repeats=True),
 ]
+SERVING = [case for case in CASES + VARIANTS if case.values[0].cls.serve is not Method.serve]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
 each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)
 each_method = pytest.mark.parametrize("name", registry.names())
@@ -115,6 +119,11 @@ def test_8_leaves_all_as_found(subject: Subject, lora: bool) -> None:
     clauses.leaves_all_as_found(subject, lora=lora)
 
 
+@pytest.mark.parametrize(("subject", "lora"), SERVING)
+def test_8_serving_is_invisible(subject: Subject, lora: bool) -> None:
+    clauses.serving_is_invisible(subject, lora=lora)
+
+
 @each_form
 def test_9_declares_its_memory(subject: Subject, lora: bool) -> None:
     clauses.declares_its_memory(subject, lora=lora)
@@ -162,3 +171,11 @@ def test_anchors_follow_the_tasks_own_gradient(cls: type[Anchored]) -> None:
 
 def test_anchors_square_each_example() -> None:
     anchors.squares_each_example(EWC)
+
+
+# -- methods with slow weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [s.cls for s in SUBJECTS if issubclass(s.cls, Slow)])
+def test_averages_follow_by_their_formula(cls: type[Slow]) -> None:
+    averages.follows_by_its_formula(cls)

@@ -19,12 +19,15 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from torch import Tensor
 
 import anchors
+import averages
 import clauses
 import stage
 from keeptune import registry
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Chain, Context, Method, State
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
+from keeptune.methods._slow import Slow
+from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.lwf import LwF, softened_kl
 from keeptune.methods.replay import Replay
@@ -503,6 +506,27 @@ def test_8_does_not_leave_all_as_found(cls: type[Method], words: str) -> None:
     caught(clauses.leaves_all_as_found, cls, words)
 
 
+class KeepsServing(EMA):
+    """Goes on from the weights that answered."""
+
+    def begin_task(self, ctx: Context) -> None:
+        self._fast.clear()
+
+
+class ServesStep(Partner):
+    """Shrinks the weights a little whenever the model answers."""
+
+    @torch.no_grad()
+    def serve(self, ctx: Context, task: str | None) -> None:
+        for parameter in ctx.trainable().values():
+            parameter.mul_(0.9)
+
+
+@pytest.mark.parametrize("cls", [KeepsServing, ServesStep])
+def test_8_answering_changes_the_learning(cls: type[Method]) -> None:
+    caught(clauses.serving_is_invisible, cls, "answering changed the learning")
+
+
 # -- 9 --------------------------------------------------------------------------------------------
 
 
@@ -844,3 +868,38 @@ class OfTheMean(EWC):
 def test_a_fisher_squares_the_mean() -> None:
     with pytest.raises(AssertionError, match="F is"):
         anchors.squares_each_example(OfTheMean)
+
+
+# -- methods with slow weights --------------------------------------------------------------------
+
+
+class NeverUpdates(EMA):
+    """Its slow weights stay where they began, as in the code that I-LoRA's authors released."""
+
+    def after_step(self, ctx: Context) -> None:
+        self._evidence["moved"] = 1.0
+
+
+class ForgetsAtOnce(EMA):
+    """Keeps the share that it should let go."""
+
+    def after_step(self, ctx: Context) -> None:
+        hasty = EMA(decay=1 - self.decay)
+        hasty._slow = self._slow
+        hasty.after_step(ctx)
+        self._evidence.update(hasty._evidence)
+
+
+class StartsAnew(EMA):
+    """Begins its average anew with each task."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self._slow.clear()
+
+
+@pytest.mark.parametrize("cls", [NeverUpdates, ForgetsAtOnce, StartsAnew])
+def test_an_average_follows_otherwise(cls: type[Slow]) -> None:
+    averages.follows_by_its_formula(EMA)
+    with pytest.raises(AssertionError, match="answers with"):
+        averages.follows_by_its_formula(cls)
