@@ -11,11 +11,13 @@ import pytest
 import anchors
 import averages
 import clauses
+import subspaces
 from keeptune import registry
 from keeptune.method import Method
 from keeptune.methods._anchor import Anchored, Travelled
 from keeptune.methods._slow import Slow
 from keeptune.methods.ewc import EWC
+from keeptune.methods.olora import OLoRA
 from partners import PARTNERS
 from stage import Subject
 
@@ -50,6 +52,7 @@ VARIANTS = [
     variant("l2sp", to="base"),
     variant("hierarchical", lora=True, on="factors"),
     variant("ema", start="slow"),
+    variant("olora", lora=True, strength=0.1, norm_strength=0.1),
     variant("gem", margin=0.0),
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.
@@ -179,3 +182,10 @@ def test_anchors_square_each_example() -> None:
 @pytest.mark.parametrize("cls", [s.cls for s in SUBJECTS if issubclass(s.cls, Slow)])
 def test_averages_follow_by_their_formula(cls: type[Slow]) -> None:
     averages.follows_by_its_formula(cls)
+
+
+# -- methods that keep new updates out of old directions ------------------------------------------
+
+
+def test_olora_pulls_off_the_earlier_adapters() -> None:
+    subspaces.pulls_off_the_earlier_adapters(OLoRA)

@@ -22,14 +22,17 @@ import anchors
 import averages
 import clauses
 import stage
+import subspaces
 from keeptune import registry
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Chain, Context, Method, State
+from keeptune.methods._adapters import FIRST, factors
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
 from keeptune.methods._slow import Slow
 from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods.olora import OLoRA, overlap_gradient
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
@@ -903,3 +906,31 @@ def test_an_average_follows_otherwise(cls: type[Slow]) -> None:
     averages.follows_by_its_formula(EMA)
     with pytest.raises(AssertionError, match="answers with"):
         averages.follows_by_its_formula(cls)
+
+
+# -- methods that keep new updates out of old directions ------------------------------------------
+
+
+class Himself(OLoRA):
+    """Is held orthogonal to the new adapter itself."""
+
+    @torch.no_grad()
+    def gradients(self, ctx: Context) -> None:
+        for name, factor in factors(ctx.model, FIRST).items():
+            if "lora_A" in name and factor.grad is not None:
+                factor.grad += self.strength * overlap_gradient(factor, factor)
+
+
+class LastOnly(OLoRA):
+    """Is held orthogonal to the last task's adapter only."""
+
+    def gradients(self, ctx: Context) -> None:
+        frozen, self._frozen = self._frozen, self._frozen[-1:]
+        super().gradients(ctx)
+        self._frozen = frozen
+
+
+@pytest.mark.parametrize("cls", [Himself, LastOnly])
+def test_a_new_adapter_is_pulled_elsewhere(cls: type[OLoRA]) -> None:
+    with pytest.raises(AssertionError, match="is pulled otherwise"):
+        subspaces.pulls_off_the_earlier_adapters(cls)

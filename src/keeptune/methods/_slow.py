@@ -118,7 +118,7 @@ class Slow(Method):
         self._begun = int(state.values["begun"])
 
     def declared_bytes(self, ctx: Context) -> int:
-        """Four bytes for each weight that was ever trained; beside it the fast ones, when served."""
+        """Four bytes for each weight that was ever trained, and the fast ones while it serves."""
         shards = [local(p.detach()) for p in self._followed(ctx).values()]
         slow = sum(t.numel() * max(4, t.element_size()) for t in shards)
         return slow + sum(t.nbytes for t in shards) * bool(self._fast)
