@@ -25,6 +25,7 @@ METHODS_MAY = {
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
     "keeptune.methods._slow", "keeptune.methods._adapters", "keeptune.methods._stack",
+    "keeptune.methods._subspace", "keeptune.methods._factors",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.trainers")
 

@@ -18,6 +18,7 @@ from keeptune.methods._anchor import Anchored, Travelled
 from keeptune.methods._slow import Slow
 from keeptune.methods.ewc import EWC
 from keeptune.methods.olora import OLoRA
+from keeptune.methods.osf import OSF
 from partners import PARTNERS
 from stage import Subject
 
@@ -52,6 +53,7 @@ VARIANTS = [
     variant("l2sp", to="base"),
     variant("hierarchical", lora=True, on="factors"),
     variant("ema", start="slow"),
+    variant("ilora", lora=True, start="slow", size=6),
     variant("olora", lora=True, strength=0.1, norm_strength=0.1),
     variant("gem", margin=0.0),
     variant("eaft", mask=0.5),
@@ -189,3 +191,18 @@ def test_averages_follow_by_their_formula(cls: type[Slow]) -> None:
 
 def test_olora_pulls_off_the_earlier_adapters() -> None:
     subspaces.pulls_off_the_earlier_adapters(OLoRA)
+
+
+def test_osf_keeps_the_old_subspace() -> None:
+    subspaces.keeps_the_old_subspace(OSF)
+
+
+# -- pairs that are meant to run together ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "lora"),
+    [("ilora", "label_smoothing", True), ("olora", "replay", True), ("ema", "ewc", False)],
+)
+def test_a_pair_runs_together_and_both_act(one: str, other: str, lora: bool) -> None:
+    clauses.works_beside(Subject(registry.get(one)), registry.get(other), lora=lora)

@@ -33,6 +33,7 @@ from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.lwf import LwF, softened_kl
 from keeptune.methods.olora import OLoRA, overlap_gradient
+from keeptune.methods.osf import OSF
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
@@ -934,3 +935,40 @@ class LastOnly(OLoRA):
 def test_a_new_adapter_is_pulled_elsewhere(cls: type[OLoRA]) -> None:
     with pytest.raises(AssertionError, match="is pulled otherwise"):
         subspaces.pulls_off_the_earlier_adapters(cls)
+
+
+class GradientsOnly(OSF):
+    """Leaves the step to the optimizer, as PEFT's adapter does."""
+
+    def after_step(self, ctx: Context) -> None:
+        pass
+
+
+class OneSided(OSF):
+    """Keeps the output side only."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        for old in self._old.values():
+            old.kept, old.v = old.kept[:, None] * old.v.T, None
+
+
+class DoesNotGrow(OSF):
+    """Holds as few directions in the second task as in the first."""
+
+    def begin_task(self, ctx: Context) -> None:
+        ctx.index = 0
+        super().begin_task(ctx)
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (GradientsOnly, "leaks .* task 0"),
+        (OneSided, "leaks"),
+        (DoesNotGrow, "leaks .* task 1"),
+    ],
+)
+def test_the_old_subspace_is_not_kept(cls: type[OSF], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        subspaces.keeps_the_old_subspace(cls)

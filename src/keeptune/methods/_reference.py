@@ -1,10 +1,10 @@
-"""Gradients on kept rows, and a step's own gradient moved by them: what `agem` and `gem` share."""
+"""Gradients on kept rows, and a step's own gradient moved by them: for `agem`, `gem`, `ilora`."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
 from keeptune.errors import MethodError
-from keeptune.method import Context, Method, State, wide
+from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.weights import blocks
 
@@ -36,6 +36,32 @@ def mean_gradient(
 ) -> Gradient:
     """Gradient of the mean cross-entropy over the answers in these rows, times `ctx.grad_scale`.
 
+    Args:
+        ctx: The task.
+        weights: What is differentiated by; each process has the whole of them.
+        rows: The same in all processes.
+        words: What the random numbers depend on besides seed and task.
+    """
+    batch = ctx.batch(list(rows))
+    answers = max(1, ctx.answer_labels(batch).numel())
+
+    def mean_loss(part: Batch) -> Tensor:
+        logits = ctx.answer_logits(ctx.outputs(part).logits, part)
+        loss = F.cross_entropy(wide(logits), ctx.answer_labels(part), reduction="sum")
+        return loss / answers
+
+    return shared_gradient(ctx, weights, batch, mean_loss, *words)
+
+
+def shared_gradient(
+    ctx: Context,
+    weights: Sequence[nn.Parameter],
+    batch: Batch,
+    objective: Callable[[Batch], Tensor],
+    *words: object,
+) -> Gradient:
+    """Gradient of an objective that is a sum over rows, times `ctx.grad_scale`.
+
     One forward and backward in the model's present mode; `.grad` and the random state are left as
     they are. Dropout is drawn from (seed, task, words). Several processes share the rows out and
     all end with the gradient over all of them.
@@ -43,22 +69,19 @@ def mean_gradient(
     Args:
         ctx: The task.
         weights: What is differentiated by; each process has the whole of them.
-        rows: The same in all processes.
+        batch: The rows, the same in all processes.
+        objective: Called with this process's share of them, if it has any.
         words: What the random numbers depend on besides seed and task.
     """
     rank, world = processes()
-    batch = ctx.batch(list(rows))
-    answers = max(1, ctx.answer_labels(batch).numel())
     batch = {key: value[rank::world] for key, value in batch.items()}
     if not len(batch["labels"]):
         found = [torch.zeros_like(weight) for weight in weights]
     else:
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(int(ctx.random(*words, rank).integers(2**63)))
-            logits = ctx.answer_logits(ctx.outputs(batch).logits, batch)
-            loss = F.cross_entropy(wide(logits), ctx.answer_labels(batch), reduction="sum")
-            loss = loss * (ctx.grad_scale / answers)
-            found = list(torch.autograd.grad(loss, weights, materialize_grads=True))
+            value = objective(batch) * ctx.grad_scale
+            found = list(torch.autograd.grad(value, weights, materialize_grads=True))
     if world > 1:
         for i, tensor in enumerate(found):
             # A copy: autograd may give two weights the same tensor, which must not be summed twice.

@@ -8,6 +8,7 @@ frozen adapter of its own, and it starts again from A at random and B = 0.
 from __future__ import annotations
 
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,11 +18,6 @@ from torch.distributed.tensor import DTensor
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
 from keeptune.methods._adapters import FIRST, add_adapter, factors
-
-
-def lora_layers(model: Any) -> list[LoraLayer]:
-    """Every layer that has LoRA factors."""
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 class Stacked(Method):
@@ -34,6 +30,8 @@ class Stacked(Method):
 
     _frozen: list[str] = PrivateAttr(default_factory=list)
     _learned: int = PrivateAttr(0)
+    # Found once a task: to look for them in each step would take longer than what is done there.
+    _refs: list[ref[Any]] = PrivateAttr(default_factory=list)
 
     def begin_task(self, ctx: Context) -> None:
         """Freeze what the last task learned, and start anew on top of it.
@@ -65,7 +63,7 @@ class Stacked(Method):
         devices = [ctx.device] if ctx.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(ctx.random("adapter").integers(2**31)))
-            for layer in lora_layers(ctx.model):
+            for layer in self._layers():
                 layer.reset_lora_parameters(FIRST, True)
 
     def _stack(self, ctx: Context, names: list[str]) -> None:
@@ -74,13 +72,19 @@ class Stacked(Method):
         for name in names:
             if name not in model.peft_config:
                 add_adapter(ctx, name, head=False)
-        for layer in lora_layers(model):
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._refs = [ref(layer) for layer in layers]
+        for layer in layers:
             # Not the whole model's `set_adapter`: a classifier's head takes one adapter only.
             layer.set_adapter([*names, FIRST])
         for name in names:
             for factor in factors(model, name).values():
                 factor.requires_grad_(False)
         self._frozen = names
+
+    def _layers(self) -> list[Any]:
+        """Every layer that has LoRA factors."""
+        return [layer for found in self._refs if (layer := found()) is not None]
 
     def end_task(self, ctx: Context) -> None:
         """Count the task."""

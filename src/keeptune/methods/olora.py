@@ -54,33 +54,29 @@ class OLoRA(Stacked):
         """Add the gradients of both terms."""
         if not self._frozen:
             return
-        new = {n: p for n, p in factors(ctx.model, FIRST).items() if p.grad is not None}
-        old = [factors(ctx.model, name) for name in self._frozen]
-        pulls = {}
-        if self.strength:
-            for name in new:
-                if ".lora_A." in name:
-                    rows = torch.cat([adapter[name].flatten(1) for adapter in old])
-                    gradient = overlap_gradient(rows, new[name].flatten(1))
-                    pulls[name] = gradient.mul_(self.strength).view_as(new[name])
+        pulls: list[tuple[nn.Parameter, Tensor]] = []
+        for layer in self._layers():
+            if FIRST in layer.lora_A:
+                a = layer.lora_A[FIRST].weight
+                old = torch.cat([layer.lora_A[name].weight.flatten(1) for name in self._frozen])
+                gradient = overlap_gradient(old, a.flatten(1)).mul_(self.strength)
+                pulls.append((a, gradient.view_as(a)))
         if self.norm_strength:
-            for name, factor in new.items():
+            for factor in factors(ctx.model, FIRST).values():
                 # A norm has no gradient at 0, where B starts.
-                pull = factor * (self.norm_strength / factor.norm().clamp_min(1e-30))
-                pulls[name] = pull + pulls[name] if name in pulls else pull
+                scale = self.norm_strength / factor.norm().clamp_min(1e-30)
+                pulls.append((factor, factor * scale))
         if not ctx.step & (ctx.step - 1):  # at steps that are powers of two
-            self._show(new, pulls, ctx.grad_scale)
-        for name, pull in pulls.items():
-            gradient = new[name].grad
-            assert gradient is not None
-            gradient.add_(pull, alpha=ctx.grad_scale)
+            self._show(ctx, pulls)
+        for factor, pull in pulls:
+            if factor.grad is not None:
+                factor.grad.add_(pull, alpha=ctx.grad_scale)
 
-    def _show(
-        self, new: dict[str, nn.Parameter], pulls: dict[str, Tensor], grad_scale: float
-    ) -> None:
-        gradients = [p.grad for p in new.values() if p.grad is not None]
-        task = float(nn.utils.get_total_norm(gradients)) / grad_scale
-        own = float(nn.utils.get_total_norm(list(pulls.values())))
+    def _show(self, ctx: Context, pulls: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Note the largest share of the terms in terms and task gradient, all as norms."""
+        gradients = [p.grad for p in ctx.trainable().values() if p.grad is not None]
+        task = float(nn.utils.get_total_norm(gradients)) / ctx.grad_scale
+        own = float(nn.utils.get_total_norm([pull for _, pull in pulls]))
         share = own / (task + own) if own else 0.0
         shown = self._evidence
         shown["gradient_share"] = max(share, shown.get("gradient_share", 0.0))
