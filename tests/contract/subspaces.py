@@ -7,6 +7,7 @@ from torch import nn
 
 import pico
 from keeptune.methods._adapters import factors
+from keeptune.methods._subspace import strongest
 from keeptune.methods.olora import OLoRA
 from keeptune.methods.osf import OSF
 from pencil import context, learn
@@ -56,12 +57,11 @@ def keeps_the_old_subspace(cls: type[OSF]) -> None:
         before = {n: m.weight.detach().clone() for n, m in layers.items()}
         train(method, model, index)
         for name, layer in layers.items():
-            u, s, vh = torch.linalg.svd(before[name].double(), full_matrices=False)
-            k = int(share * len(s))
-            low = layer.weight.detach().double() - (u[:, :k] * s[:k]) @ vh[:k]
+            # As exactly as the method: the last direction held may be all but equal to the next.
+            u, s, v = strongest(before[name], share)
+            low = layer.weight.detach().double() - (u.double() * s) @ v.double().T
             u_low, s_low, vh_low = torch.linalg.svd(low, full_matrices=False)
             real = s_low > 0.1 * s_low[0]  # of weak ones rounding turns the direction
-            leak = max(
-                (u[:, :k].T @ u_low[:, real]).abs().max(), (vh[:k] @ vh_low[real].T).abs().max()
-            )
+            leaks = (u.double().T @ u_low[:, real], v.double().T @ vh_low[real].T)
+            leak = max(part.abs().max() for part in leaks)
             assert leak < 1e-5, f"{name} leaks {leak:.1g} into the old subspace in task {index}"
