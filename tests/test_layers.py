@@ -28,6 +28,8 @@ METHODS_MAY = {
     "keeptune.methods._arrivals", "keeptune.methods._features",
     "keeptune.methods._writing",
     "keeptune.methods._isolate",
+    "keeptune.methods._slow", "keeptune.methods._adapters", "keeptune.methods._stack",
+    "keeptune.methods._subspace", "keeptune.methods._factors",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")
 

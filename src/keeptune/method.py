@@ -353,8 +353,11 @@ class Chain:
         return iter(self.methods)
 
     def begin_task(self, ctx: Context) -> None:
-        """Run every method's `begin_task`, with last task's evidence cleared."""
-        for method in self.methods:
+        """Run every method's `begin_task`, with last task's evidence cleared.
+
+        Those that serve come first: they may have put other weights into the model to answer.
+        """
+        for method in sorted(self.methods, key=lambda m: type(m).serve is Method.serve):
             method._evidence.clear()
         for method in sorted(self.methods, key=_rank_at_begin):
             method.begin_task(ctx)

@@ -166,6 +166,13 @@ def leaves_all_as_found(subject: Subject, *, lora: bool) -> None:
     assert not disturbed, f"{sorted(set(disturbed))}"
 
 
+def serving_is_invisible(subject: Subject, *, lora: bool) -> None:
+    """8: whether the model answers between the tasks changes nothing of what is learned."""
+    silent, served = (stage.run((subject,), lora=lora, served=served) for served in (False, True))
+    assert stage.same(silent.weights[-1], served.weights[-1]), "answering changed the learning"
+    assert silent.evidence == served.evidence, "answering changed the evidence"
+
+
 def declares_its_memory(subject: Subject, *, lora: bool) -> None:
     """9: the bytes it declares are those of its state, in a task and after it; none are hidden."""
     for when, declared, kept, held in stage.run((subject,), lora=lora).memory:
@@ -254,7 +261,7 @@ def gives_evidence(subject: Subject, folder: Path, *, lora: bool) -> None:
 
 
 def keeps_no_row(subject: Subject, folder: Path, *, lora: bool) -> None:
-    """13: unless it says that it keeps old rows, none of a task that has ended is in its state."""
+    """14: unless it says that it keeps old rows, none of a task that has ended is in its state."""
     if "buffer" in subject.cls.traits:
         return
     stage.interrupted(subject, folder, lora=lora)
@@ -292,7 +299,10 @@ def keeps_the_order(subject: Subject) -> None:
                     due += 1
                 elif place is not None:
                     assert place < known, f"row {place} of task {task} comes before its turn"
-    XX_answers_stay(subject: Subject, *, lora: bool) -> None:
+    assert due == len(rows), f"of task {task} only the first {due} rows come in their order"
+
+
+def old_answers_stay(subject: Subject, *, lora: bool) -> None:
     """15: what claims isolation: whatever is learned later, beside whom and with which optimizer,
     an earlier task served by its name is answered bit for bit as right after it was learned.
     """

@@ -63,7 +63,7 @@ class Seen:
 
     Attributes:
         weights: The model's own tensors after each task.
-        logits: [rows, L, V], the last model's answers on rows of all tasks.
+        logits: [rows, L, V], what the last model answers on rows of all tasks, none of them named.
         evidence: Of each task, one dictionary for each method.
         disturbed: What a verb left otherwise than it found it, in words.
         memory: (when, bytes declared, bytes in `state()`, bytes held in attributes) per method.
@@ -218,8 +218,18 @@ def build(
     return trainer, seen
 
 
-def go(trainer: TextTrainer, seen: Seen, tasks: range, resume: Path | None = None) -> None:
-    """Learn these tasks and note what each left; `resume` is a state inside the first of them."""
+def go(
+    trainer: TextTrainer,
+    seen: Seen,
+    tasks: range,
+    resume: Path | None = None,
+    *,
+    served: bool = False,
+) -> None:
+    """Learn these tasks and note what each left; `resume` is a state inside the first of them.
+
+    With `served` the model answers after each task, as it does in a real run.
+    """
     base = _base(trainer.model)
     for task in tasks:
         trainer.learn(f"t{task}", rows(task), index=task, resume=resume)
@@ -227,9 +237,10 @@ def go(trainer: TextTrainer, seen: Seen, tasks: range, resume: Path | None = Non
         own = state.own_tensors(trainer.model)
         seen.weights.append({n: t.detach().clone() for n, t in own.items()})
         seen.evidence.append([m.evidence() for m in trainer.strategy])
+        if served:
+            ask(trainer)
     now = _base(trainer.model)
     seen.base_moved = not same(base, {n: now.get(n, t + 1) for n, t in base.items()})
-    seen.logits = answers(trainer.model)
 
 
 def _base(model: nn.Module) -> dict[str, Tensor]:
@@ -239,6 +250,13 @@ def _base(model: nn.Module) -> dict[str, Tensor]:
         for n, p in model.named_parameters()
         if id(p) not in own and "lora_" not in n
     }
+
+
+def ask(trainer: TextTrainer) -> Tensor:
+    """The answers to unknown tasks."""
+    assert trainer.ctx is not None
+    trainer.strategy.serve(trainer.ctx, None)
+    return answers(trainer.model)
 
 
 @torch.no_grad()
@@ -258,11 +276,13 @@ def run(
     tasks: int = TASKS,
     dropout: float = DROPOUT,
     seed: int = 0,
+    served: bool = False,
 ) -> Seen:
     """Learn the tasks one after another; use `run.__wrapped__` to really run a second time."""
     methods = [s.make() for s in strategy]
     trainer, seen = build(methods, lora=lora, cut=cut, dropout=dropout, seed=seed)
-    go(trainer, seen, range(tasks))
+    go(trainer, seen, range(tasks), served=served)
+    seen.logits = ask(trainer)
     return seen
 
 

@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 
 import anchors
+import averages
 import clauses
+import subspaces
 from keeptune import registry
 from keeptune.method import Method
 from keeptune.methods._anchor import Anchored, Travelled
+from keeptune.methods._slow import Slow
 from keeptune.methods.ewc import EWC
+from keeptune.methods.olora import OLoRA
+from keeptune.methods.osf import OSF
 from partners import PARTNERS
 from stage import Subject
 
@@ -61,6 +66,13 @@ VARIANTS = [
     variant("hierarchical", lora=True, on="factors"),
     variant("lwf", targets="recorded"),
     variant("lwf", lora=True, targets="recorded", top_k=4),
+    variant("ema", start="slow"),
+    variant("wise", mix=(0.9, 0.5, 0.1)),
+    variant("merge", form="dare_ties", start="merged"),
+    variant("merge", lora=True, form="slerp"),
+    variant("merge", form="task_arithmetic", strength=0.3),
+    variant("ilora", lora=True, start="slow", size=6),
+    variant("olora", lora=True, strength=0.1, norm_strength=0.1),
     variant("gem", margin=0.0),
     variant("freeze", cache=True),
     variant("freeze", cache=True, cache_gb=2e-6),  # room for some rows only
@@ -81,6 +93,7 @@ VARIANTS = [
     variant("pseudo_replay", ratio=0.0, general=0.5),
     variant("pseudo_replay", lora=True, ratio=0.5, general=0.3, distil=1.0, probe=4),
 ]
+SERVING = [case for case in CASES + VARIANTS if case.values[0].cls.serve is not Method.serve]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
 each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)
 each_method = pytest.mark.parametrize("name", registry.names())
@@ -136,6 +149,11 @@ def test_7_trains_adapters_and_all_weights(name: str) -> None:
 @each_form
 def test_8_leaves_all_as_found(subject: Subject, lora: bool) -> None:
     clauses.leaves_all_as_found(subject, lora=lora)
+
+
+@pytest.mark.parametrize(("subject", "lora"), SERVING)
+def test_8_serving_is_invisible(subject: Subject, lora: bool) -> None:
+    clauses.serving_is_invisible(subject, lora=lora)
 
 
 @each_form
@@ -206,3 +224,33 @@ def test_anchors_follow_the_tasks_own_gradient(cls: type[Anchored]) -> None:
 
 def test_anchors_square_each_example() -> None:
     anchors.squares_each_example(EWC)
+
+
+# -- methods with slow weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [s.cls for s in SUBJECTS if issubclass(s.cls, Slow)])
+def test_averages_follow_by_their_formula(cls: type[Slow]) -> None:
+    averages.follows_by_its_formula(cls)
+
+
+# -- methods that keep new updates out of old directions ------------------------------------------
+
+
+def test_olora_pulls_off_the_earlier_adapters() -> None:
+    subspaces.pulls_off_the_earlier_adapters(OLoRA)
+
+
+def test_osf_keeps_the_old_subspace() -> None:
+    subspaces.keeps_the_old_subspace(OSF)
+
+
+# -- pairs that are meant to run together ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "lora"),
+    [("ilora", "label_smoothing", True), ("olora", "replay", True), ("ema", "ewc", False)],
+)
+def test_a_pair_runs_together_and_both_act(one: str, other: str, lora: bool) -> None:
+    clauses.works_beside(Subject(registry.get(one)), registry.get(other), lora=lora)

@@ -19,16 +19,23 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from torch import Tensor
 
 import anchors
+import averages
 import clauses
 import stage
+import subspaces
 from keeptune import registry
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Chain, Context, Method, State
+from keeptune.methods._adapters import FIRST, factors
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
 from keeptune.methods._isolate import layers
+from keeptune.methods._slow import Slow
+from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.freeze import Freeze
 from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods.olora import OLoRA, overlap_gradient
+from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
 from keeptune.methods.progressive import Progressive
 from keeptune.methods.replay import Replay
@@ -515,6 +522,27 @@ def test_8_does_not_leave_all_as_found(cls: type[Method], words: str) -> None:
     caught(clauses.leaves_all_as_found, cls, words)
 
 
+class KeepsServing(EMA):
+    """Goes on from the weights that answered."""
+
+    def begin_task(self, ctx: Context) -> None:
+        self._fast.clear()
+
+
+class ServesStep(Partner):
+    """Shrinks the weights a little whenever the model answers."""
+
+    @torch.no_grad()
+    def serve(self, ctx: Context, task: str | None) -> None:
+        for parameter in ctx.trainable().values():
+            parameter.mul_(0.9)
+
+
+@pytest.mark.parametrize("cls", [KeepsServing, ServesStep])
+def test_8_answering_changes_the_learning(cls: type[Method]) -> None:
+    caught(clauses.serving_is_invisible, cls, "answering changed the learning")
+
+
 # -- 9 --------------------------------------------------------------------------------------------
 
 
@@ -997,3 +1025,103 @@ class OfTheMean(EWC):
 def test_a_fisher_squares_the_mean() -> None:
     with pytest.raises(AssertionError, match="F is"):
         anchors.squares_each_example(OfTheMean)
+
+
+# -- methods with slow weights --------------------------------------------------------------------
+
+
+class NeverUpdates(EMA):
+    """Its slow weights stay where they began, as in the code that I-LoRA's authors released."""
+
+    def after_step(self, ctx: Context) -> None:
+        self._evidence["moved"] = 1.0
+
+
+class ForgetsAtOnce(EMA):
+    """Keeps the share that it should let go."""
+
+    def after_step(self, ctx: Context) -> None:
+        hasty = EMA(decay=1 - self.decay)
+        hasty._slow = self._slow
+        hasty.after_step(ctx)
+        self._evidence.update(hasty._evidence)
+
+
+class StartsAnew(EMA):
+    """Begins its average anew with each task."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self._slow.clear()
+
+
+@pytest.mark.parametrize("cls", [NeverUpdates, ForgetsAtOnce, StartsAnew])
+def test_an_average_follows_otherwise(cls: type[Slow]) -> None:
+    averages.follows_by_its_formula(EMA)
+    with pytest.raises(AssertionError, match="answers with"):
+        averages.follows_by_its_formula(cls)
+
+
+# -- methods that keep new updates out of old directions ------------------------------------------
+
+
+class Himself(OLoRA):
+    """Is held orthogonal to the new adapter itself."""
+
+    @torch.no_grad()
+    def gradients(self, ctx: Context) -> None:
+        for name, factor in factors(ctx.model, FIRST).items():
+            if "lora_A" in name and factor.grad is not None:
+                factor.grad += self.strength * overlap_gradient(factor, factor)
+
+
+class LastOnly(OLoRA):
+    """Is held orthogonal to the last task's adapter only."""
+
+    def gradients(self, ctx: Context) -> None:
+        frozen, self._frozen = self._frozen, self._frozen[-1:]
+        super().gradients(ctx)
+        self._frozen = frozen
+
+
+@pytest.mark.parametrize("cls", [Himself, LastOnly])
+def test_a_new_adapter_is_pulled_elsewhere(cls: type[OLoRA]) -> None:
+    with pytest.raises(AssertionError, match="is pulled otherwise"):
+        subspaces.pulls_off_the_earlier_adapters(cls)
+
+
+class GradientsOnly(OSF):
+    """Leaves the step to the optimizer, as PEFT's adapter does."""
+
+    def after_step(self, ctx: Context) -> None:
+        pass
+
+
+class OneSided(OSF):
+    """Keeps the output side only."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        for old in self._old.values():
+            old.kept, old.v = old.kept[:, None] * old.v.T, None
+
+
+class DoesNotGrow(OSF):
+    """Holds as few directions in the second task as in the first."""
+
+    def begin_task(self, ctx: Context) -> None:
+        ctx.index = 0
+        super().begin_task(ctx)
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (GradientsOnly, "leaks .* task 0"),
+        (OneSided, "leaks"),
+        (DoesNotGrow, "leaks .* task 1"),
+    ],
+)
+def test_the_old_subspace_is_not_kept(cls: type[OSF], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        subspaces.keeps_the_old_subspace(cls)

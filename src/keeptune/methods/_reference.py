@@ -1,4 +1,4 @@
-"""Gradients on kept rows, and a step's own gradient moved by them: what `agem` and `gem` share."""
+"""Gradients on kept rows, and a step's own gradient moved by them: for `agem`, `gem`, `ilora`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ def mean_gradient(
 ) -> Gradient:
     """Gradient of the mean cross-entropy over the answers in these rows, times `ctx.grad_scale`.
 
-    One forward and backward in the model's present mode; `.grad` and the random state are left as
-    they are. Dropout is drawn from (seed, task, words). Several processes share the rows out and
-    all end with the gradient over all of them.
-
     Args:
         ctx: The task.
         weights: What is differentiated by; each process has the whole of them.
@@ -65,18 +61,45 @@ def batch_gradient(
         logits_of: From the rows of this process to their logits.
         words: As there.
     """
-    rank, world = processes()
     answers = max(1, ctx.answer_labels(batch).numel())
+
+    def mean_loss(part: Batch) -> Tensor:
+        logits = ctx.answer_logits(logits_of(part), part)
+        loss = F.cross_entropy(wide(logits), ctx.answer_labels(part), reduction="sum")
+        return loss / answers
+
+    return shared_gradient(ctx, weights, batch, mean_loss, *words)
+
+
+def shared_gradient(
+    ctx: Context,
+    weights: Sequence[nn.Parameter],
+    batch: Batch,
+    objective: Callable[[Batch], Tensor],
+    *words: object,
+) -> Gradient:
+    """Gradient of an objective that is a sum over rows, times `ctx.grad_scale`.
+
+    One forward and backward in the model's present mode; `.grad` and the random state are left as
+    they are. Dropout is drawn from (seed, task, words). Several processes share the rows out and
+    all end with the gradient over all of them.
+
+    Args:
+        ctx: The task.
+        weights: What is differentiated by; each process has the whole of them.
+        batch: The rows, the same in all processes.
+        objective: Called with this process's share of them, if it has any.
+        words: What the random numbers depend on besides seed and task.
+    """
+    rank, world = processes()
     batch = {key: value[rank::world] for key, value in batch.items()}
     if not len(batch["labels"]):
         found = [torch.zeros_like(weight) for weight in weights]
     else:
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(int(ctx.random(*words, rank).integers(2**63)))
-            logits = ctx.answer_logits(logits_of(batch), batch)
-            loss = F.cross_entropy(wide(logits), ctx.answer_labels(batch), reduction="sum")
-            loss = loss * (ctx.grad_scale / answers)
-            found = list(torch.autograd.grad(loss, weights, materialize_grads=True))
+            value = objective(batch) * ctx.grad_scale
+            found = list(torch.autograd.grad(value, weights, materialize_grads=True))
     if world > 1:
         for i, tensor in enumerate(found):
             # A copy: autograd may give two weights the same tensor, which must not be summed twice.
