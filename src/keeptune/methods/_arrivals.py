@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from keeptune.buffer import Buffer, Order, reservoir
+from keeptune.buffer import Buffer, Order
 from keeptune.errors import MethodError
 from keeptune.method import Context
+from keeptune.places import reservoir
 from keeptune.rowstore import COLUMNS
 
 Numbers = tuple[Order, Order]

@@ -45,7 +45,8 @@ def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
     if cosine.abs() > 0.9995:
         return torch.lerp(one, other, share)
     angle = cosine.acos()
-    return (((1 - share) * angle).sin() * one + (share * angle).sin() * other) / angle.sin()
+    along: Tensor = ((1 - share) * angle).sin() * one + (share * angle).sin() * other
+    return along / angle.sin()
 
 
 def merged(vectors: list[Tensor], form: Form, density: float) -> Tensor:
@@ -57,7 +58,8 @@ def merged(vectors: list[Tensor], form: Form, density: float) -> Tensor:
         return found
     equal = torch.ones(len(vectors), dtype=vectors[0].dtype, device=vectors[0].device)
     if form == "task_arithmetic":
-        return merge_utils.task_arithmetic(vectors, equal)
+        summed: Tensor = merge_utils.task_arithmetic(vectors, equal)
+        return summed
     ways = {"ties": "ties", "dare": "dare_linear", "dare_ties": "dare_ties"}
     found = getattr(merge_utils, ways[form])(vectors, equal, density)
     assert isinstance(found, Tensor)
