@@ -26,7 +26,7 @@ from keeptune.disk import (
     verify,
     write_atomic,
 )
-from keeptune.errors import FolderError
+from keeptune.errors import FolderError, RecipeError, suggest
 from keeptune.folder import Cell, Example, RunFolder
 from keeptune.method import State
 from keeptune.recipe import load_recipe
@@ -76,6 +76,10 @@ def forget(
     """
     meant = parse(where)
     folder = RunFolder(path)
+    known = [task.name for task in folder.info.tasks]
+    if unknown := set(meant.tasks) - set(known):
+        name = sorted(unknown)[0]
+        raise RecipeError(f"{folder.path} has no task {name!r}. {suggest(name, known)}")
     with locked(folder.path):
         states = folder.path / "state"
         for parent in (states, states / "progress"):
