@@ -297,7 +297,7 @@ def test_bad_conditions_are_refused_in_one_sentence(conditions: list[str], words
 
 
 def test_a_task_that_is_none_is_refused(run: Path) -> None:
-    with pytest.raises(RecipeError, match="has no task 'mial'. Did you mean 'mail'"):
+    with pytest.raises(RecipeError, match=r"has no task 'mial'\. Did you mean 'mail'"):
         forget(run, ["task=mial"])
 
 
