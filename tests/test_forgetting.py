@@ -151,9 +151,12 @@ def test_no_byte_of_a_person_is_left(run: Path) -> None:
     assert traces(run, PERSON) == []
     assert traces(run, "Someone 3")
     expected = {name: [r for r in rows if not is_persons(r)] for name, rows in before.items()}
-    assert kept(run) == expected, "the others are as they were, in their order"
     removed = sum(map(len, before.values())) - sum(map(len, expected.values()))
     assert sum(n for n, _ in done.rows.values()) == removed > 0
+    ended = {name: rows for name, rows in expected.items() if name.startswith("task-")}
+    assert kept(run) == ended, "the others are as they were, in their order"
+    assert done.begins_again
+    assert list((run / "state" / "progress").iterdir()) == []
     assert done.left == []
     assert not (run / "state" / "files").exists()
 
@@ -200,6 +203,15 @@ def test_rows_of_a_file_are_found_again(run: Path) -> None:
     assert cell.examples[3].prompt == FORGOTTEN
 
 
+def test_a_task_in_its_middle_goes_on_when_it_has_no_such_row(run: Path) -> None:
+    middle = run / "state" / "progress" / "002-000000007"
+    before = kept(run)
+    done = forget(run, ["text=no such words"], tokenizer=TOKENIZER)
+    assert not done.begins_again
+    assert kept(run) == before
+    verify(middle)
+
+
 def test_all_conditions_must_hold(run: Path) -> None:
     forget(run, ["regex=Doe said 1?0", "task=notes"], tokenizer=TOKENIZER)
     texts = {TOKENIZER.decode(r).split(" yes")[0] for rows in kept(run).values() for r in rows}
@@ -229,7 +241,7 @@ def killed_at(number: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shutil, "rmtree", until(shutil.rmtree))
 
 
-@pytest.mark.parametrize("number", [2, 5, 9, 12, 14, 15, 16, 17, 18, 19, 20, 22, 26, 28])
+@pytest.mark.parametrize("number", [2, 5, 9, 12, 14, 15, 16, 17, 18, 19, 20])
 def test_a_killed_call_loses_nothing_and_the_next_does_the_rest(run: Path, number: int) -> None:
     before = kept(run)
     with pytest.MonkeyPatch.context() as patch:
@@ -240,9 +252,9 @@ def test_a_killed_call_loses_nothing_and_the_next_does_the_rest(run: Path, numbe
     for parent in (run / "state", run / "state" / "progress"):
         finish_replacing(parent)
     now = kept(run)
-    assert set(now) == set(before)
-    for name, rows in before.items():
-        assert now[name] in (rows, [r for r in rows if not is_persons(r)])
+    assert {n for n in before if n.startswith("task-")} <= set(now) <= set(before)
+    for name, rows in now.items():
+        assert rows in (before[name], [r for r in before[name] if not is_persons(r)])
     forget(run, [f"text={PERSON}"], tokenizer=TOKENIZER)
     assert traces(run, PERSON) == []
     assert [p.name for p in (run / "state").iterdir() if p.name[:4] in ("old-", "new-")] == []
