@@ -158,7 +158,7 @@ class State:
     Attributes:
         tensors: Kept as safetensors.
         values: Kept as JSON.
-        files: Files that are never changed; a saved state has links to them.
+        files: Files that are never changed again; a saved state has links to them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -167,10 +167,11 @@ class State:
 
     def part(self, name: str) -> State:
         """The tensors and files that `under` put under a name."""
-        start = f"{name}/"
-        tensors = {k[len(start) :]: t for k, t in self.tensors.items() if k.startswith(start)}
-        files = {k[len(start) :]: f for k, f in self.files.items() if k.startswith(start)}
-        return State(tensors, {}, files)
+        cut, start = len(name) + 1, f"{name}/"
+        tensors = {k[cut:]: t for k, t in self.tensors.items() if k.startswith(start)}
+        return State(
+            tensors, {}, {k[cut:]: f for k, f in self.files.items() if k.startswith(start)}
+        )
 
     def under(self, name: str) -> State:
         """The tensors and files under a name, so that several states can be joined."""

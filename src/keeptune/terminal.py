@@ -166,6 +166,8 @@ def forgotten_text(done: Forgotten, *, dry_run: bool) -> str:
         f"{file}: texts of {count} examples {would}replaced"
         for file, count in done.examples.items()
     ]
+    if done.begins_again:
+        lines.append("The task that is not finished begins again with --resume.")
     if done.nothing:
         lines.append("No row and no example is meant.")
     elif not dry_run:

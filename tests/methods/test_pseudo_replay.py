@@ -195,11 +195,11 @@ def test_what_was_written_is_gone_when_the_task_has_ended() -> None:
     writer, method = scribe(*texts_of("t0", OLD)), PseudoReplay(ratio=1.0)
     after_a_task(method, writer)
     ctx, _ = learned(method, writer)
-    assert method.state().tensors["ids"].numel()
+    assert method.state().tensors["rows/ids/values"].numel()
     assert method.declared_bytes(ctx) > 100
     method.end_task(ctx)
-    assert not method.state().tensors["ids"].numel()
-    assert method.declared_bytes(ctx) == method._sums.nbytes
+    assert not method.state().tensors["rows/ids/values"].numel()
+    assert method.declared_bytes(ctx) - method._sums.nbytes < 64, "what says that there is nothing"
     assert set(method.state().values["longest"]) == {"t0", "t1"}
 
 

@@ -133,6 +133,7 @@ class FeatureReplay(Method):
                 ctx.task,
                 ctx.random("reservoir"),
                 extras=lambda numbers: {"features": features(ctx, self._module(ctx), numbers)},
+                folder=ctx.folder,
             )
             self._evidence["rows_kept"] = len(self._buffer)
         weights = dict(ctx.model.named_parameters())
@@ -146,7 +147,7 @@ class FeatureReplay(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take them back."""
-        self._buffer.restore(state)
+        self._buffer.restore(state, ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """Of each token its features in 16 bits, its label and a bit; of each row its length."""

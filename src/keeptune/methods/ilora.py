@@ -132,19 +132,18 @@ class ILoRA(Slow):
         """Keep rows of the task."""
         super().end_task(ctx)
         if self.rows:
-            self._buffer.add(ctx.dataset, ctx.task, ctx.random("reservoir"))
+            random = ctx.random("reservoir")
+            self._buffer.add(ctx.dataset, ctx.task, random, folder=ctx.folder)
 
     def state(self) -> State:
         """The slow weights and the kept rows."""
-        slow, rows = super().state(), self._buffer.state()
-        tensors = {f"rows/{name}": tensor for name, tensor in rows.tensors.items()}
-        return State(slow.tensors | tensors, slow.values | {"rows": rows.values})
+        slow, rows = super().state(), self._buffer.state().under("rows")
+        return State(slow.tensors | rows.tensors, slow.values, rows.files)
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the slow weights and the kept rows back."""
         super().restore(ctx, state)
-        rows = {n[5:]: t for n, t in state.tensors.items() if n.startswith("rows/")}
-        self._buffer.restore(State(rows, state.values["rows"]))
+        self._buffer.restore(state.part("rows"), ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """The slow weights and the kept rows."""
