@@ -23,7 +23,7 @@ LIGHT = (
 METHODS_MAY = {
     "__future__", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
-    "keeptune.answers", "keeptune.methods._distil",
+    "keeptune.answers", "keeptune.head_pass", "keeptune.methods._distil",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")

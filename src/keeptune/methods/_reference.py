@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
 from keeptune.errors import MethodError
+from keeptune.head_pass import CrossEntropy
 from keeptune.method import Context, Method, State, wide
 from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.weights import blocks
@@ -35,6 +35,35 @@ def mean_gradient(
 ) -> Gradient:
     """Gradient of the mean cross-entropy over the answers in these rows, times `ctx.grad_scale`.
 
+    Args:
+        ctx: The task.
+        weights: As in `shared_gradient`, as is all else.
+        rows: The same in all processes.
+        words: What the random numbers depend on besides seed and task.
+    """
+    batch = ctx.batch(list(rows))
+    answers = max(1, ctx.answer_labels(batch).numel())
+
+    def loss(own: slice) -> Tensor:
+        part = {key: value[own] for key, value in batch.items()}
+        said = ctx.read(part)
+        said.add(CrossEntropy(ctx.answer_labels(part)), 1 / answers)
+        total = said.total()
+        assert total is not None
+        return total
+
+    return shared_gradient(ctx, weights, len(batch["labels"]), loss, *words)
+
+
+def shared_gradient(
+    ctx: Context,
+    weights: Sequence[nn.Parameter],
+    rows: int,
+    loss: Callable[[slice], Tensor],
+    *words: object,
+) -> Gradient:
+    """Gradient of a sum over rows, times `ctx.grad_scale`.
+
     One forward and backward in the model's present mode; `.grad` and the random state are left as
     they are. Dropout is drawn from (seed, task, words). Several processes share the rows out and
     all end with the gradient over all of them.
@@ -42,22 +71,18 @@ def mean_gradient(
     Args:
         ctx: The task.
         weights: What is differentiated by; each process has the whole of them.
-        rows: The same in all processes.
+        rows: How many there are, the same in all processes.
+        loss: The share of some of the rows in the sum.
         words: What the random numbers depend on besides seed and task.
     """
     rank, world = processes()
-    batch = ctx.batch(list(rows))
-    answers = max(1, ctx.answer_labels(batch).numel())
-    batch = {key: value[rank::world] for key, value in batch.items()}
-    if not len(batch["labels"]):
+    if rank >= rows:
         found = [torch.zeros_like(weight) for weight in weights]
     else:
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(int(ctx.random(*words, rank).integers(2**63)))
-            logits = ctx.answer_logits(ctx.outputs(batch).logits, batch)
-            loss = F.cross_entropy(wide(logits), ctx.answer_labels(batch), reduction="sum")
-            loss = loss * (ctx.grad_scale / answers)
-            found = list(torch.autograd.grad(loss, weights, materialize_grads=True))
+            part = loss(slice(rank, None, world)) * ctx.grad_scale
+            found = list(torch.autograd.grad(part, weights, materialize_grads=True))
     if world > 1:
         for i, tensor in enumerate(found):
             # A copy: autograd may give two weights the same tensor, which must not be summed twice.
@@ -173,7 +198,7 @@ class Referenced(Method):
         shown["conflicts"] = shown.get("conflicts", 0) + (min(dots) < 0)
 
     def evidence(self) -> dict[str, Any]:
-        """Old rows looked at and missed, share of conflicts, mean angles in degrees, what is kept."""
+        """Old rows looked at and missed, share of conflicts, mean angles in degrees, rows kept."""
         shown = dict(self._evidence)
         if steps := shown.pop("steps", 0):
             shown["conflict_share"] = shown.pop("conflicts") / steps

@@ -73,7 +73,7 @@ class LwF(Method):
 
         Not in `begin_task`, where other methods may still add adapters.
         """
-        if self.strength and self.targets == "recorded":
+        if self.strength and self.targets == "recorded" and not len(self._store):
             self._store = Store.of(ctx, ctx.dataset, self.top_k, self.temperature)
         return dataset
 
