@@ -26,6 +26,9 @@ CASES = [
 ]
 
 
+TEXTS = str(Path(__file__).parent / "texts.txt")
+
+
 def variant(name: str, *, lora: bool = False, **settings: Any) -> Any:
     """A method at other settings, which take other ways through its code."""
     shown = " ".join(f"{key} {value}" for key, value in settings.items())
@@ -49,6 +52,12 @@ VARIANTS = [
     variant("hierarchical", lora=True, on="factors"),
     variant("lwf", targets="recorded"),
     variant("lwf", lora=True, targets="recorded", top_k=4),
+    variant("kl_base", direction="reverse"),
+    variant("kl_base", texts=TEXTS, rows=3),
+    variant("kl_base", texts=TEXTS, direction="reverse", temperature=2.0),
+    variant("kl_base", lora=True, texts=TEXTS),
+    variant("der", size=6, top_k=3),
+    variant("der_pp", label_strength=0.0),
     variant("gem", margin=0.0),
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.

@@ -91,6 +91,16 @@ def shared_gradient(
     return found
 
 
+def add_gradient(ctx: Context, rows: int, loss: Callable[[slice], Tensor], *words: object) -> None:
+    """Add the gradient of a sum over rows to that of the step; as `shared_gradient`."""
+    weights = moved_weights(ctx)
+    for weight, found in zip(
+        weights, shared_gradient(ctx, weights, rows, loss, *words), strict=True
+    ):
+        assert weight.grad is not None
+        weight.grad.add_(found)
+
+
 @torch.no_grad()
 def inner_products(gradients: Sequence[Gradient]) -> Tensor:
     """All inner products between gradients: k of them to [k, k] in float64, on the CPU.

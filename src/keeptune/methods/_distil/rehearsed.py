@@ -18,7 +18,7 @@ from keeptune.head_pass import CrossEntropy
 from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._distil.recorded import Recorded, answers_of, batches, record_rows
-from keeptune.methods._reference import moved_weights, shared_gradient
+from keeptune.methods._reference import add_gradient
 
 Draw = dict[str, list[int]]  # positions in the buffer, of the rows for "outputs" and "labels"
 
@@ -79,15 +79,11 @@ class Rehearsed(Method):
         }
         together = [position for positions in drawn.values() for position in positions]
         batch = ctx.batch(self._buffer.examples(together))
-        weights = moved_weights(ctx)
 
         def loss(own: slice) -> Tensor:
             return self._loss(ctx, batch, drawn, own)
 
-        found = shared_gradient(ctx, weights, len(together), loss, self.name(), ctx.step)
-        for weight, gradient in zip(weights, found, strict=True):
-            assert weight.grad is not None
-            weight.grad.add_(gradient)
+        add_gradient(ctx, len(together), loss, self.name(), "dropout", ctx.step)
         self._evidence["rows_replayed"] = self._evidence.get("rows_replayed", 0) + len(together)
 
     def _loss(self, ctx: Context, batch: Batch, drawn: Draw, own: slice) -> Tensor:
