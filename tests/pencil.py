@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -47,7 +48,10 @@ def stored(dataset: Dataset) -> Rows:
 
 def stack(rows: list[dict[str, Any]]) -> Batch:
     """Collate rows of one length."""
-    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+    return {
+        key: torch.from_numpy(np.array([row[key] for row in rows], np.int64))
+        for key in ("input_ids", "labels")
+    }
 
 
 def context(model: nn.Module, dataset: Dataset | None = None, **more: Any) -> Context:
