@@ -5,11 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from keeptune.method import Batch, Context
+from keeptune.method import Batch, Context, Method
 from keeptune.rowstore import Rows
 
 
@@ -47,7 +48,21 @@ def stored(dataset: Dataset) -> Rows:
 
 def stack(rows: list[dict[str, Any]]) -> Batch:
     """Collate rows of one length."""
-    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+    return {
+        key: torch.from_numpy(np.array([row[key] for row in rows], np.int64))
+        for key in ("input_ids", "labels")
+    }
+
+
+def added(method: Method, ctx: Context, rows: Any) -> Tensor:
+    """What a method that needs answers adds to the loss of one micro batch."""
+    batch = ctx.batch(list(rows))
+    ctx.answers = ctx.read(batch)
+    assert method.loss(ctx, batch, None) is None
+    total = ctx.answers.total()
+    ctx.answers = None
+    assert total is not None
+    return total
 
 
 def context(model: nn.Module, dataset: Dataset | None = None, **more: Any) -> Context:

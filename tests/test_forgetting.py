@@ -130,7 +130,7 @@ def kept(path: Path) -> dict[str, list[list[int]]]:
         assert isinstance(gem, GEM)
         for name, buffer in {"replay": replay._buffer, **gem._buffers}.items():
             rows = buffer.examples(list(range(len(buffer))))
-            found[f"{folder.name} {name}"] = [r["input_ids"] for r in rows]
+            found[f"{folder.name} {name}"] = [r["input_ids"].tolist() for r in rows]
     return found
 
 

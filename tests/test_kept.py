@@ -54,7 +54,7 @@ def contents(buffer: Buffer, like: Dataset) -> tuple[Any, ...]:
         return ()
     rows = buffer.rows(every, like)[:]
     assert [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)] == (
-        buffer.examples(every)
+        [{k: np.asarray(v).tolist() for k, v in row.items()} for row in buffer.examples(every)]
     )
     extras = {name: values.tolist() for name, values in buffer.extras(every).items()}
     return rows, extras, buffer.counts(), buffer.tokens(every)
@@ -206,6 +206,7 @@ def test_what_did_not_change_is_linked_and_not_written_again(
     assert sum(written) == before == 8
     again = Replay(size=100)
     state.read_methods(tmp_path / "state", Chain([again]), ctx)
-    assert again._buffer.examples([9, 0]) == method._buffer.examples([9, 0])
+    like = numbered(0, 1)
+    assert contents(again._buffer, like) == contents(method._buffer, like)
     shutil.rmtree(tmp_path / "state")
-    assert again._buffer.examples([9, 0]) == method._buffer.examples([9, 0])
+    assert contents(again._buffer, like) == contents(method._buffer, like)

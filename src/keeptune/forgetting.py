@@ -164,7 +164,7 @@ def _meant(buffer: Buffer, meant: Where, tokenizer: Any) -> list[int]:
         part = every[begin : begin + CHUNK].tolist()
         owners = buffer.owners(part)
         part = [p for p, owner in zip(part, owners, strict=True) if meant.of_task(owner)]
-        ids = [row["input_ids"] for row in buffer.examples(part)]
+        ids = [row["input_ids"].tolist() for row in buffer.examples(part)]
         is_meant = meant.of_tokens(ids, tokenizer)
         found += [p for p, ok in zip(part, is_meant, strict=True) if ok]
     return found

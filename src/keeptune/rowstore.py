@@ -245,38 +245,48 @@ class Rows:
 
 
 def examples(places: Sequence[tuple[Rows, int]]) -> list[dict[str, Any]]:
-    """Rows as a collator takes them: `input_ids` and `labels`, lists or one number.
+    """Rows as a collator takes them: `input_ids` int64 [m], `labels` int64 [m] or a number.
 
     Args:
-        places: Rows of one kind, and which of them.
+        places: Rows of one kind, and which of them; at least one.
     """
-    spans = [rows.ids.span(row) for rows, row in places]
-    spanned = list(zip(places, spans, strict=True))
-    ids = [rows.ids.values[begin:end] for (rows, _), (begin, end) in spanned]
-    if any(rows.kind != "answers" for rows, _ in places):
-        labels = [
-            rows.labels.item(row)
-            if rows.kind == "classes"
-            else rows.take(np.array([row]))._flat_labels().tolist()
-            for rows, row in places
-        ]
-        pairs = zip(ids, labels, strict=True)
-        return [{"input_ids": own.tolist(), "labels": label} for own, label in pairs]
-    answers = [
-        np.unpackbits(rows.labels[begin >> 3 : (end + 7) >> 3], bitorder="little")[
-            begin & 7 : (begin & 7) + end - begin
-        ]
-        for (rows, _), (begin, end) in spanned
-    ]
-    # Few calls for all of them: each costs as much as a row.
-    flat = np.concatenate(ids)
-    every = np.where(np.concatenate(answers), flat, np.int32(IGNORED)).tolist()
-    numbers, found, at = flat.tolist(), [], 0
-    for begin, end in spans:
+    # Few calls for all of them: each call of numpy costs as much as a row's numbers.
+    spans = _spans(places)
+    spanned = [(rows, *span) for (rows, _), span in zip(places, spans, strict=True)]
+    ids = np.concatenate([rows.ids.values[begin:end] for rows, begin, end in spanned])
+    ids = ids.astype(np.int64)
+    if places[0][0].kind == "classes":
+        labels = np.array([rows.labels[row] for rows, row in places], np.int64)
+    elif any(rows.kind == "tokens" for rows, _ in places):
+        flat = [rows.take(np.array([row]))._flat_labels() for rows, row in places]
+        labels = np.concatenate(flat).astype(np.int64)
+    else:
+        parts = [rows.labels[begin >> 3 : (end + 7) >> 3] for rows, begin, end in spanned]
+        bits = np.unpackbits(np.concatenate(parts), bitorder="little")
+        own, at = [], 0
+        for part, (begin, end) in zip(parts, spans, strict=True):
+            at += begin & 7
+            own.append(bits[at : at + end - begin])
+            at += 8 * len(part) - (begin & 7)
+        labels = np.where(np.concatenate(own), ids, IGNORED)
+    found, at = [], 0
+    for number, (begin, end) in enumerate(spans):
         to = at + end - begin
-        found.append({"input_ids": numbers[at:to], "labels": every[at:to]})
+        label = labels[number] if places[0][0].kind == "classes" else labels[at:to]
+        found.append({"input_ids": ids[at:to], "labels": label})
         at = to
     return found
+
+
+def _spans(places: Sequence[tuple[Rows, int]]) -> list[tuple[int, int]]:
+    """Where each of these rows begins and ends."""
+    first = places[0][0]
+    if any(rows is not first for rows, _ in places):
+        return [rows.ids.span(row) for rows, row in places]
+    positions = np.array([row for _, row in places])
+    begins = first.ids.begins(positions)
+    ends = begins + first.ids.counts(positions)
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -288,8 +298,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     parts = [part for part in parts if len(part)]
     if len(parts) < 2:
         return parts[0] if parts else Rows.none()
-    names = list(parts[0].extras)
-    assert all(list(part.extras) == names for part in parts), "not the same extras for all rows"
+    names = sorted(parts[0].extras)  # restored ones have any order
+    assert all(sorted(part.extras) == names for part in parts), "not the same extras for all rows"
     ids = _in_line([part.ids for part in parts])
     extras = {name: _in_line([part.extras[name] for part in parts]) for name in names}
     kinds = {part.kind for part in parts}

@@ -208,7 +208,7 @@ class Referenced(Method):
         shown["conflicts"] = shown.get("conflicts", 0) + (min(dots) < 0)
 
     def evidence(self) -> dict[str, Any]:
-        """Old rows looked at and missed, share of conflicts, mean angles in degrees, rows kept."""
+        """Rows looked at and missed, share of conflicts, mean angles in degrees, what is kept."""
         shown = dict(self._evidence)
         if steps := shown.pop("steps", 0):
             shown["conflict_share"] = shown.pop("conflicts") / steps
