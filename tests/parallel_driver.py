@@ -32,10 +32,13 @@ from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
 from keeptune.methods.agem import AGEM
+from keeptune.methods.der_pp import DERpp
 from keeptune.methods.ewc import EWC
 from keeptune.methods.gem import GEM
 from keeptune.methods.hierarchical import Hierarchical
+from keeptune.methods.kl_base import KLBase
 from keeptune.methods.l2sp import L2SP
+from keeptune.methods.lwf import LwF
 from keeptune.methods.mas import MAS
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
@@ -173,6 +176,10 @@ CASES = {
         lambda: [MAS(strength=100.0, examples=6, on="effective")], lora=True, places=WHOLE
     ),
     "hierarchical": Case(lambda: [Hierarchical(strength=100.0)]),
+    "lwf": Case(lambda: [LwF(strength=20.0, temperature=1.0)], places=WHOLE),
+    "lwf, recorded": Case(lambda: [LwF(strength=20.0, targets="recorded")]),
+    "kl_base, LoRA": Case(lambda: [KLBase(strength=20.0)], lora=True, places=WHOLE),
+    "der_pp": Case(lambda: [DERpp(rows=5, strength=5.0)], places=WHOLE),
     # In bf16 another angle between two gradients is no rounding of what a projection does.
     "agem": Case(lambda: [AGEM(rows=5)], places=("accumulated", "checkpointed", "ddp")),
     "gem, LoRA": Case(
