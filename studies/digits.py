@@ -1,5 +1,6 @@
 """Study: the regularisation family on split and permuted digits, three scenarios each.
 
+    python studies/digits.py share     # shares of `strength: auto`, five tasks, validation rows
     python studies/digits.py sweep     # every strength, first two tasks, validation rows
     python studies/digits.py final     # all five tasks, test rows, other seeds
     python studies/digits.py report    # tables and curves into studies/digits.md
@@ -40,12 +41,15 @@ from keeptune.method import Method
 from lines import append, read
 
 HERE = Path(__file__).parent
-SWEEP, FINAL = HERE / "digits-sweep.jsonl", HERE / "digits-final.jsonl"
+SHARE, SWEEP, FINAL = (HERE / f"digits-{stage}.jsonl" for stage in ("share", "sweep", "final"))
 
 # -- what is compared -----------------------------------------------------------------------------
 
+SHARE_SEEDS = (200, 201)
 SWEEP_SEEDS = (100, 101)
 FINAL_SEEDS = (10, 11, 12)
+SHARES = (0.1, 0.3, 1.0)
+FAMILY = ["l2sp", "ewc", "si", "mas", "hierarchical"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,16 @@ def identity(run: dict[str, Any]) -> str:
     return json.dumps([run[k] for k in ("scenario", "method", "settings", "seed")], sort_keys=True)
 
 
+def share_jobs(labels: list[str], names: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """The family at every share, where one head serves all tasks, and plain training."""
+    for name in names:
+        for seed in seeds if name.endswith("/domain") else []:
+            yield job(name, "plain", seed)
+            for label in labels:
+                for share in SHARES if label in FAMILY else []:
+                    yield job(name, label, seed, "auto", share=share)
+
+
 def sweep_jobs(labels: list[str], names: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
     """Every strength of every method, and what has none."""
     for name in names:
@@ -228,9 +242,10 @@ def run_stage(jobs: list[dict[str, Any]], out: Path, workers: int, **how: Any) -
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=["sweep", "final", "report"])
+    parser.add_argument("stage", choices=["share", "sweep", "final", "report"])
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--out", type=Path, help="the stage's file")
+    parser.add_argument("--share", type=Path, default=SHARE, help="what report reads")
     parser.add_argument("--sweep", type=Path, default=SWEEP, help="what final and report read")
     parser.add_argument("--final", type=Path, default=FINAL, help="what report reads")
     parser.add_argument("--learn", type=int, default=2, help="tasks of a sweep; 5 only to look at")
@@ -238,7 +253,10 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=scenarios(), default=scenarios())
     parser.add_argument("--seeds", nargs="+", type=int, help="other seeds than the stage's")
     args = parser.parse_args()
-    if args.stage == "sweep":
+    if args.stage == "share":
+        jobs = list(share_jobs(args.methods, args.scenarios, args.seeds or list(SHARE_SEEDS)))
+        run_stage(jobs, args.out or SHARE, args.jobs, learn=TASKS, part="val")
+    elif args.stage == "sweep":
         jobs = list(sweep_jobs(args.methods, args.scenarios, args.seeds or list(SWEEP_SEEDS)))
         run_stage(jobs, args.out or SWEEP, args.jobs, learn=args.learn, part="val")
     elif args.stage == "final":
@@ -248,7 +266,8 @@ def main() -> None:
     else:
         from digits_report import write
 
-        write(read(args.sweep), read(args.final), args.out or HERE / "digits.md")
+        runs = (read(args.share), read(args.sweep), read(args.final))
+        write(*runs, args.out or HERE / "digits.md")
 
 
 if __name__ == "__main__":

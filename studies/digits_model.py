@@ -140,16 +140,27 @@ def epochs(name: str) -> int:
     return 30 if name.startswith("split") else 10
 
 
-def learner(name: str, methods: list[Method], seed: int, folder: str) -> Learner:
-    """A fresh model in a trainer; the seed decides its weights and the order of the rows."""
+def learner(name: str, methods: list[Method], seed: int, folder: str, **changed: Any) -> Learner:
+    """A fresh model in a trainer; the seed decides its weights and the order of the rows.
+
+    Args:
+        name: The scenario.
+        methods: The strategy.
+        seed: See above.
+        folder: For what the trainer writes.
+        **changed: Other training arguments than those of `digits.py`.
+    """
     torch.manual_seed(seed)
     model = MLP(name)
     arguments = TrainingArguments(
+        **{
+            "num_train_epochs": epochs(name),
+            "per_device_train_batch_size": 64,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            **changed,
+        },
         output_dir=folder,
-        num_train_epochs=epochs(name),
-        per_device_train_batch_size=64,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
         seed=seed,
         use_cpu=True,
         dataloader_pin_memory=False,

@@ -1,4 +1,4 @@
-"""The tables and curves of the digits study, from the lines of its two stages."""
+"""The tables and curves of the digits study, from the lines of its stages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from digits import METHODS
+from digits import FAMILY, METHODS, SHARES
 from digits_model import scenarios
 from keeptune import formulas
 from keeptune.intervals import over_seeds
 from lines import Run, Runs, fill, paired, points
 
-FAMILY = ["l2sp", "ewc", "si", "mas", "hierarchical"]
 ESTIMATORS = ["ewc", "ewc sampled", "ewc exact", "ewc signs", "ewc batched"]
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377"]
 
@@ -151,6 +150,26 @@ def shift(curve: dict[float, list[float]], other: dict[float, list[float]]) -> f
             gap = y[inside] - np.interp(x[inside] - decades, a, b)
             distances[float(decades)] = float(np.square(gap).mean())
     return math.pow(10.0, min(distances, key=lambda d: (distances[d], abs(d))))
+
+
+def share_table(shared: Runs) -> str:
+    """What was learned, and what is left at the end, by share: validation rows."""
+
+    def cell(name: str, label: str, share: float | None) -> str:
+        runs = select(shared, name, label, "" if share is None else "auto")
+        found = [np.array(run["R"]) for run in runs if run["settings"].get("share") == share]
+        measures = (formulas.learning_accuracy, formulas.average_accuracy)
+        return " / ".join(
+            f"{100 * fmean(float(measure(R)) for R in found):.1f}" for measure in measures if found
+        )
+
+    names = [name for name in scenarios() if name.endswith("/domain")]
+    lines = [f"| learned / at the end, % | share | {' | '.join(names)} |", "|---|---:|---:|---:|"]
+    for label in ["plain", *FAMILY]:
+        for share in SHARES if label in FAMILY else [None]:
+            cells = [cell(name, label, share) for name in names]
+            lines.append(f"| {label} | {share or ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def strength_table(swept: Runs, final: Runs) -> str:
@@ -301,17 +320,19 @@ def _curve(
 # -- the page -------------------------------------------------------------------------------------
 
 
-def write(swept: Runs, final: Runs, out: Path) -> None:
+def write(shared: Runs, swept: Runs, final: Runs, out: Path) -> None:
     """Put the tables between the page's markers, and the curves beside it.
 
     Everything outside of the markers stays as it is.
 
     Args:
+        shared: Lines of the stage share.
         swept: Lines of the stage sweep.
         final: Lines of the stage final.
         out: A markdown file with `<!-- begin NAME -->` and `<!-- end NAME -->` around each table.
     """
     tables = {
+        "share": share_table(shared),
         "accuracy": accuracy_table(final),
         "gain": gain_table(final),
         "trade": trade_table(final),

@@ -69,3 +69,15 @@ def context(model: nn.Module, dataset: Dataset | None = None, **more: Any) -> Co
     """A context of the first task, unless told otherwise."""
     rows = ONE_ROW if dataset is None else dataset
     return Context(**{"task": "t0", "index": 0} | more, model=model, dataset=rows, collate=stack)
+
+
+def learn(model: nn.Module, method: Method, index: int) -> Context:
+    """A task of a method that moves the trained weights somewhere of its own, without steps."""
+    ctx = context(model, task=f"t{index}", index=index)
+    method.begin_task(ctx)
+    g = torch.Generator().manual_seed(index)
+    with torch.no_grad():
+        for weight in ctx.trainable().values():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=g))
+    method.end_task(ctx)
+    return ctx

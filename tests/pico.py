@@ -36,7 +36,12 @@ CHATML = (
 
 
 def tokenizer(
-    *, chat: bool = False, pad: bool = True, eos: bool = True, bos: bool = False
+    *,
+    chat: bool = False,
+    pad: bool = True,
+    eos: bool = True,
+    bos: bool = False,
+    letters: str = string.printable,
 ) -> PreTrainedTokenizerFast:
     """One token per printable ASCII character; the same ids for every combination of flags.
 
@@ -45,9 +50,10 @@ def tokenizer(
         pad: Whether it has a pad token.
         eos: Whether it has an EOS token.
         bos: Whether encoding puts <s> in front, as Llama tokenizers do.
+        letters: What it knows; anything else is <unk>.
     """
     core = Tokenizer(
-        models.WordLevel({t: i for i, t in enumerate([*SPECIAL, *string.printable])}, unk_token=UNK)
+        models.WordLevel({t: i for i, t in enumerate([*SPECIAL, *letters])}, unk_token=UNK)
     )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()

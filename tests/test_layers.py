@@ -23,8 +23,13 @@ LIGHT = (
 METHODS_MAY = {
     "__future__", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
-    "keeptune.answers", "keeptune.head_pass", "keeptune.methods._distil",
+    "keeptune.answers", "keeptune.head_pass", "keeptune.methods._distil", "keeptune.places",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
+    "keeptune.methods._arrivals", "keeptune.methods._features",
+    "keeptune.methods._writing",
+    "keeptune.methods._isolate",
+    "keeptune.methods._slow", "keeptune.methods._adapters", "keeptune.methods._stack",
+    "keeptune.methods._subspace", "keeptune.methods._factors",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")
 

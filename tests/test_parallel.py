@@ -114,11 +114,16 @@ def test_a_break_in_the_middle_of_a_task_changes_no_bit(place: str, folder: Path
             assert torch.equal(tensor, without[key]), key
 
 
-def test_weights_added_to_a_sharded_model_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("task_lora", "task_lora add weights to a model that FSDP"),
+        ("pseudo_replay", "'pseudo_replay' cannot let the model write while FSDP"),
+    ],
+)
+def test_what_sharded_weights_do_not_allow_is_refused(name: str, words: str, folder: Path) -> None:
     for rank in range(PROCESSES):
-        assert (
-            "task_lora add weights to a model that FSDP" in (folder / f"refused.{rank}").read_text()
-        )
+        assert words in (folder / f"refused.{name}.{rank}").read_text()
 
 
 @pytest.mark.parametrize(

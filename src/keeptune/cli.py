@@ -104,6 +104,9 @@ def run(
     set_: Overrides = None,
     out: RunOut = None,
     seed: Seed = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="The same as --set online=true: rows come once.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that stopped.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")
@@ -113,6 +116,8 @@ def run(
     changes = list(set_ or [])
     if seed is not None:
         changes.append(f"seed={seed}")
+    if online:
+        changes.append("online=true")
     loaded = _load(recipe, changes, out)
     if dry_run:
         _inspect(loaded)

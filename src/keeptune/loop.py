@@ -28,6 +28,7 @@ from keeptune.folder import Cell, Evidence, Example, Kind, Phase, RunFolder, Tas
 from keeptune.guard import Guard
 from keeptune.harness import score_lm_eval
 from keeptune.machine import peak_memory, translated
+from keeptune.privacy import without_text
 from keeptune.progress import Progress
 from keeptune.session import Session
 from keeptune.stream import Task
@@ -259,6 +260,8 @@ class Loop:
                 labels=plan.labels,
                 tick=self._tick,
             )
+        if plan.privacy == "strict":
+            examples = [without_text(example) for example in examples]
         return Cell(
             name=item.name,
             score=cell_score(examples, item.unit),

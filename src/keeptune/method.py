@@ -33,6 +33,7 @@ from keeptune.errors import MethodError, suggest
 from keeptune.reading import find_head, positions, read
 
 IGNORED = -100  # a label without loss, as everywhere in torch
+ADDED = "keeptune_added"  # a module of the model's own with weights that a method adds
 OPTIONS = "options"  # a column for methods, which no trainer sees: the rows of every choice
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
@@ -53,6 +54,7 @@ class Context:
         collate: Turns rows into a padded batch.
         seed: The run's seed.
         step: Optimizer steps done in this task.
+        steps: Optimizer steps of this task in all; 0 until training begins.
         grad_scale: What gradients are multiplied by until they are clipped (fp16); else 1.
         may_overflow: Whether a step is left out when gradients are not finite (fp16).
         answers_in_step: Answers in the whole accumulated batch of this step, over all processes.
@@ -62,6 +64,9 @@ class Context:
             it are computed in one pass over the head, together with the trainer's own loss.
         folder: Where a method may keep files while the run goes on; None to keep all in memory.
             Files that are never changed again can be a part of its state.
+        online: Whether the rows are a stream: each comes once, in its order, and none is known
+            before its turn.
+        rows_in_step: Rows of what `data` returns that one optimizer step takes, all processes'.
     """
 
     model: nn.Module
@@ -71,6 +76,7 @@ class Context:
     collate: Collate
     seed: int = 0
     step: int = 0
+    steps: int = 0
     grad_scale: float = 1.0
     may_overflow: bool = False
     answers_in_step: Tensor | float = 1.0
@@ -78,6 +84,8 @@ class Context:
     tokenizer: Any = None
     answers: Answers | None = None
     folder: Path | None = None
+    online: bool = False
+    rows_in_step: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -180,8 +188,12 @@ class Method(BaseModel):
         needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`), "answers"
             (in `ctx.answers`, for terms that do without the logits of all answers at once).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
-            "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart".
+            "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart",
+            "freeze" (chooses which weights are trained in a task), "isolation" (answers of an
+            earlier task, served by its name, never change by one bit).
         excludes: Traits that another method in the strategy must not have.
+        keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
+            order and adds none before its turn. A method without a `data` verb need not say so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -192,6 +204,7 @@ class Method(BaseModel):
     needs: ClassVar[frozenset[str]] = frozenset()
     traits: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
+    keeps_order: ClassVar[bool] = False
 
     _evidence: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -264,6 +277,14 @@ class Method(BaseModel):
         return 0
 
 
+def _rank_at_begin(method: Method) -> int:
+    return 0 if "structure" in method.traits else 1 if "freeze" in method.traits else 2
+
+
+def _rank_at_end(method: Method) -> int:
+    return 2 if "freeze" in method.traits else 1 if "isolation" in method.traits else 0
+
+
 def _sentence(cls: type[Method], error: dict[str, Any]) -> str:
     """Turn one pydantic error into: name, got, allowed, what to do."""
     # Beyond a setting's name, names in `loc` are pydantic's own for the branches of a union.
@@ -289,7 +310,10 @@ def _sentence(cls: type[Method], error: dict[str, Any]) -> str:
 class Chain:
     """Runs methods as one, in the order written.
 
-    `data` pipes left to right, terms of `loss` add, all other effects run in list order.
+    `data` pipes left to right, terms of `loss` add, all other effects run in list order, but: what
+    adds weights begins first and what freezes them next, so that all others find what will be
+    trained; frozen weights are given free after all others have ended the task; and what isolates
+    tasks has the last word on gradients and weights.
 
     Args:
         methods: The strategy; empty is plain fine-tuning.
@@ -329,9 +353,13 @@ class Chain:
         return iter(self.methods)
 
     def begin_task(self, ctx: Context) -> None:
-        """Run every method's `begin_task`, with last task's evidence cleared."""
-        for method in self.methods:
+        """Run every method's `begin_task`, with last task's evidence cleared.
+
+        Those that serve come first: they may have put other weights into the model to answer.
+        """
+        for method in sorted(self.methods, key=lambda m: type(m).serve is Method.serve):
             method._evidence.clear()
+        for method in sorted(self.methods, key=_rank_at_begin):
             method.begin_task(ctx)
 
     def data(self, ctx: Context, dataset: Dataset) -> Dataset:
@@ -349,21 +377,21 @@ class Chain:
         return total
 
     def gradients(self, ctx: Context) -> None:
-        """Let every method edit the gradients, those that only look first."""
-        for method in self._lookers_first(ctx):
+        """Let every method edit the gradients: first who only looks, last who isolates."""
+        for method in self._in_order(ctx):
             method.gradients(ctx)
 
     def after_step(self, ctx: Context) -> None:
-        """Let every method edit the weights, those that only look first."""
-        for method in self._lookers_first(ctx):
+        """Let every method edit the weights: first who only looks, last who isolates."""
+        for method in self._in_order(ctx):
             method.after_step(ctx)
 
-    def _lookers_first(self, ctx: Context) -> list[Method]:
-        return sorted(self.methods, key=lambda method: not method.reads_the_step(ctx))
+    def _in_order(self, ctx: Context) -> list[Method]:
+        return sorted(self.methods, key=lambda m: (not m.reads_the_step(ctx), _rank_at_end(m)))
 
     def end_task(self, ctx: Context) -> None:
         """Let every method learn from the task."""
-        for method in self.methods:
+        for method in sorted(self.methods, key=_rank_at_end):
             method.end_task(ctx)
 
     def serve(self, ctx: Context, task: str | None) -> None:

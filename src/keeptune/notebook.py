@@ -60,14 +60,15 @@ def fit(
         methods: The strategy; empty is plain fine-tuning.
         guards: Name to evaluation rows that must not get worse, or `Guard` objects.
         adapter: A PEFT config; None trains all weights.
-        **settings: `trainer`, `seed`, `max_length`, `eval_batch_size`, `checkpoint_minutes`,
-            `progress`, each as in a recipe.
+        **settings: `trainer`, `online`, `seed`, `max_length`, `eval_batch_size`,
+            `checkpoint_minutes`, `privacy`, `progress`, each as in a recipe.
 
     Raises:
         KeeptuneError: Anything a user can mend.
     """
     allowed = {
-        "trainer", "seed", "max_length", "eval_batch_size", "checkpoint_minutes", "progress",
+        "trainer", "online", "seed", "max_length", "eval_batch_size", "checkpoint_minutes",
+        "privacy", "progress",
     }  # fmt: skip
     if unknown := set(settings) - allowed:
         raise RecipeError(f"fit has no setting {sorted(unknown)[0]!r}. Allowed: {sorted(allowed)}.")
@@ -109,7 +110,7 @@ def _plan(
         settings=dict(settings.get("trainer", {})),
         max_length=settings.get("max_length") or DEFAULT_LENGTH,
     )
-    for key in ("seed", "eval_batch_size", "checkpoint_minutes"):
+    for key in ("online", "seed", "eval_batch_size", "checkpoint_minutes", "privacy"):
         if key in settings:
             setattr(plan, key, settings[key])
     return plan

@@ -81,6 +81,8 @@ class Recipe(Part):
     """The strategy: methods that run together, each a name or {name: {setting: value}}."""
     trainer: dict[str, Any] = Field({})
     """Goes as it is to TRL's SFTConfig (for classification: transformers.TrainingArguments)."""
+    online: bool = False
+    """Each task is a stream seen once: its rows are learned in their order, in one pass."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random choice of the run follows from it."""
     out: Annotated[Path, Field(strict=False)] | None = None
@@ -91,6 +93,8 @@ class Recipe(Part):
     """Longest row in tokens, longer ones are cut; default: 1024 or the model's own limit."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """Minutes between two saved states inside a task; 0 saves after every step."""
+    privacy: Literal["open", "strict"] = "open"
+    """strict: no method may keep training rows, and results are kept without any text."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only for models whose code you have read."""
 

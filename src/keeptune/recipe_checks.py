@@ -158,7 +158,7 @@ def _raise(problems: Iterator[str]) -> None:
 
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
-    from keeptune import registry
+    from keeptune import privacy, registry
     from keeptune.method import Chain
 
     built = []
@@ -172,11 +172,15 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
         Chain(built)
     except KeeptuneError as error:
         yield f"{recipe.where('methods')}: {error}"
+    if said := privacy.refusal(built, recipe.privacy):
+        yield f"{recipe.where('methods')}: {said}"
 
 
 def _trainer_problems(recipe: Recipe) -> Iterator[str]:
     if not recipe.trainer:
         return
+    from keeptune.seams import ONLINE
+
     hints = _trainer_types(recipe.kind)
     for key, value in recipe.trainer.items():
         where = recipe.where("trainer", key)
@@ -188,6 +192,11 @@ def _trainer_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{where} is no key of the trainer's config. {_nearest(key, free)}"
         elif (wanted := _mismatch(hints[key], value)) is not None:
             yield f"{where} must be {wanted}, got {value!r}."
+        elif recipe.online and value != ONLINE.get(key, value):
+            yield (
+                f"{where} is {value!r}, but with `online: true` each row is learned once, in its "
+                f"order, which needs {ONLINE[key]!r}. Leave it out, or leave `online` out."
+            )
 
 
 def _trainer_types(kind: str) -> dict[str, Any]:

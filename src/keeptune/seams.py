@@ -35,9 +35,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from keeptune import state
 from keeptune.disk import new_folder
-from keeptune.errors import DataError, MethodError, TrainingError
+from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
 from keeptune.loss_terms import LossTerms
 from keeptune.method import OPTIONS, Chain, Context, Method
+
+# What a stream that is seen once needs of the trainer's arguments.
+ONLINE = {"num_train_epochs": 1, "max_steps": -1, "train_sampling_strategy": "sequential"}
 
 
 class Seams(LossTerms):
@@ -45,14 +48,19 @@ class Seams(LossTerms):
 
     Args:
         methods: The strategy; empty is plain fine-tuning.
+        online: Each task is a stream seen once, batch by batch, in the order of its rows.
 
     Raises:
         MethodError: Methods clash, or need what this trainer cannot give.
+        RecipeError: It is online, and the trainer's arguments are not.
     """
 
-    def __init__(self, *args: Any, methods: Sequence[Method] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, methods: Sequence[Method] = (), online: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.strategy = Chain(methods)
+        self.online = online
         self.ctx: Context | None = None
         self.model: Any
         self.train_dataset: Any
@@ -62,6 +70,8 @@ class Seams(LossTerms):
         self._require_gradients()
         self._require_adapter()
         self._require_logits()
+        if online:
+            self._require_order()
         self.add_callback(_Verbs(self))
 
     def _require_gradients(self) -> None:
@@ -86,6 +96,21 @@ class Seams(LossTerms):
                 f"The method {who[0]!r} needs a LoRA adapter, but {trained} trained here. "
                 "Set `adapter: {kind: lora, rank: 16}` in the recipe, or remove the method."
             )
+
+    def _require_order(self) -> None:
+        for key, wanted in ONLINE.items():
+            if (got := getattr(self.args, key)) != wanted:
+                raise RecipeError(
+                    f"trainer.{key} is {got!r}, but online each row is learned once, in its order, "
+                    f"which needs {wanted!r}. Leave the key out, or leave `online` out."
+                )
+        for method in self.strategy:
+            if type(method).data is not Method.data and not method.keeps_order:
+                raise MethodError(
+                    f"The method {method.name()!r} chooses among all rows of a task before it is "
+                    "learned, and online they come one after another. Remove the method, or leave "
+                    "`online` out."
+                )
 
     # -- one task -----------------------------------------------------------------------------
 
@@ -128,12 +153,17 @@ class Seams(LossTerms):
             seed=self.args.seed,
             tokenizer=self.processing_class,
             folder=self.files,
+            online=self.online,
+            rows_in_step=self._rows_in_step(),
         )
-        self.strategy.begin_task(self.ctx)
-        self._cover_new_weights()
-        self.train_dataset = self.strategy.data(self.ctx, dataset.select_columns(prepared))
         if resume is True:
             resume = get_last_checkpoint(self.args.output_dir)
+        self.strategy.begin_task(self.ctx)
+        self._cover_new_weights()
+        if resume:
+            # Rows that a method had the model write are to be those of the run that was stopped.
+            self._restore_methods(Path(resume))
+        self.train_dataset = self.strategy.data(self.ctx, dataset.select_columns(prepared))
         if resume:
             self._restore(Path(resume))
         # Adam's moments of the last task must not leak into this one.
@@ -147,6 +177,10 @@ class Seams(LossTerms):
         self.end_task_seconds = time.monotonic() - ended
         self.tasks_learned = index + 1
         return output
+
+    def _rows_in_step(self) -> int:
+        each = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return int(each * self.args.world_size)
 
     def _shard(self) -> None:
         # `train` would shard after `begin_task`, and methods would meet whole weights first and
@@ -163,8 +197,8 @@ class Seams(LossTerms):
     def _cover_new_weights(self) -> None:
         assert self.ctx is not None
         if not self.is_fsdp_enabled:
-            if any("structure" in m.traits for m in self.strategy):
-                # DDP knows only the weights that were there when it was made.
+            if any(m.traits & {"structure", "freeze"} for m in self.strategy):
+                # DDP knows only the weights that were there, and trained, when it was made.
                 self.model_wrapped = self.model
         elif not all(isinstance(p, DTensor) for p in self.ctx.trainable().values()):
             raise MethodError(
@@ -179,6 +213,10 @@ class Seams(LossTerms):
         return self.learn(task, self.train_dataset, resume=resume_from_checkpoint)
 
     def _restore(self, checkpoint: Path) -> None:
+        """Put everything back that `train` does not; again, since `data` may have changed it."""
+        self._restore_methods(checkpoint)
+
+    def _restore_methods(self, checkpoint: Path) -> None:
         assert self.ctx is not None
         folder = checkpoint / "keeptune"
         if folder.is_dir():
@@ -231,6 +269,10 @@ class _Verbs(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ctx is not None:
+            self.trainer.ctx.steps = state.max_steps
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from keeptune import registry, tokens
-from keeptune.errors import DataError, KeeptuneError, RecipeError
+from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
 from keeptune.folder import DataInfo, MethodInfo
 from keeptune.guard import Guard, read_guard
 from keeptune.likelihood import context_length
 from keeptune.method import Chain, Context, Method
 from keeptune.models import Loaded, load
+from keeptune.privacy import Privacy, refusal
 from keeptune.recipe import Recipe
 from keeptune.recipe_checks import check_recipe, peft_settings
 from keeptune.recipe_parts import TaskRecipe
@@ -39,6 +40,7 @@ class Plan:
         adapter: A PEFT config, or None to train all weights.
         labels: For classification, the names of the classes in order.
         settings: Keys for the trainer's config.
+        online: Whether each task is a stream seen once.
     """
 
     loaded: Loaded
@@ -49,10 +51,12 @@ class Plan:
     adapter: Any = None
     labels: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    online: bool = False
     seed: int = 0
     max_length: int = DEFAULT_LENGTH
     eval_batch_size: int = 16
     checkpoint_minutes: float = 10.0
+    privacy: Privacy = "open"
 
 
 @dataclass
@@ -204,10 +208,12 @@ def read_plan(recipe: Recipe) -> Plan:
         adapter=adapter_config(recipe),
         labels=labels,
         settings=dict(recipe.trainer),
+        online=recipe.online,
         seed=recipe.seed,
         max_length=context_length(loaded.model, recipe.max_length or DEFAULT_LENGTH),
         eval_batch_size=recipe.eval_batch_size,
         checkpoint_minutes=recipe.checkpoint_minutes,
+        privacy=recipe.privacy,
     )
 
 
@@ -264,6 +270,8 @@ def open_session(plan: Plan) -> Session:
     Raises:
         KeeptuneError: Rows that cannot be tokenised, or methods that do not fit.
     """
+    if said := refusal(plan.methods, plan.privacy):
+        raise MethodError(said)
     collate = tokens.collate(plan.loaded.tokenizer)
     tokenised = [
         tokens.tokenise(
@@ -282,6 +290,7 @@ def open_session(plan: Plan) -> Session:
         plan.methods,
         settings,
         collate,
+        online=plan.online,
     )
     return Session(plan, model, tokenised, chain=trainer.strategy, trainer=trainer)
 

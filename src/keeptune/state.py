@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from keeptune.disk import link, write_atomic
-from keeptune.method import Chain, Context, State
+from keeptune.method import ADDED, Chain, Context, State
 
 Tensors = dict[str, Tensor]
 
@@ -63,11 +63,12 @@ def _spread_like(tensor: Tensor, example: Tensor) -> Tensor:
 def own_tensors(model: nn.Module) -> Tensors:
     """The tensors in which this model differs from its base.
 
-    Under PEFT those of every adapter, as "adapter name/key"; else all parameters and persistent
-    buffers, a tied one once.
+    Under PEFT those of every adapter, as "adapter name/key", and those that a method added; else
+    all parameters and persistent buffers, a tied one once.
     """
     if isinstance(model, peft.PeftModel):
-        return {
+        added = {n: p for n, p in model.named_parameters() if n.startswith(f"{ADDED}.")}
+        return added | {
             f"{adapter}/{key}": tensor
             for adapter in model.peft_config
             for key, tensor in peft.get_peft_model_state_dict(
@@ -95,7 +96,8 @@ def put_tensors(model: nn.Module, tensors: Tensors) -> None:
                 if n.startswith(f"{adapter}/")
             }
             peft.set_peft_model_state_dict(model, own, adapter_name=adapter)
-        return
+        target = {n: t for n, t in target.items() if n.startswith(f"{ADDED}.")}
+        tensors = {n: t for n, t in tensors.items() if n.startswith(f"{ADDED}.")}
     if missing := set(target) ^ set(tensors):
         raise KeyError(f"the saved weights and the model differ in {sorted(missing)[:3]}")
     for name, tensor in tensors.items():

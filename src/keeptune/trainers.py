@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from keeptune import state
 from keeptune.errors import RecipeError
 from keeptune.method import Method
-from keeptune.seams import Seams
+from keeptune.seams import ONLINE, Seams
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -74,9 +74,13 @@ class Checkpoints(Seams):
         for folder in older:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore_methods(self, checkpoint: Path) -> None:
         assert self.ctx is not None
         state.read_methods(checkpoint, self.strategy, self.ctx)
+
+    def _restore(self, checkpoint: Path) -> None:
+        super()._restore(checkpoint)
+        assert self.ctx is not None
         weights = load_file(checkpoint / "weights.safetensors")
         state.put_tensors(self.ctx.model, weights)
 
@@ -159,6 +163,8 @@ def build_trainer(
     methods: Sequence[Method],
     settings: dict[str, Any],
     collate: Callable[..., Any],
+    *,
+    online: bool = False,
 ) -> TextTrainer | ClassifierTrainer:
     """The trainer of a run.
 
@@ -170,11 +176,12 @@ def build_trainer(
         methods: The strategy.
         settings: Keys of SFTConfig or TrainingArguments, `output_dir` and `seed` included.
         collate: Rows to a padded batch.
+        online: Each task is a stream seen once; the settings that this needs are filled in.
 
     Raises:
         RecipeError: The settings contradict each other; the message is the library's own.
     """
-    own: dict[str, Any] = dict(OWN_KEYS)
+    own: dict[str, Any] = dict(OWN_KEYS) | (ONLINE if online else {})
     if not torch.cuda.is_available():
         # TRL's defaults are for GPUs; on a CPU bfloat16 and recomputation only cost.
         own |= {"bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
@@ -194,6 +201,7 @@ def build_trainer(
         processing_class=tokenizer,
         data_collator=collate,
         methods=methods,
+        online=online,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from keeptune.errors import MethodError
 from keeptune.method import Context, State
 from keeptune.methods._anchor.importance import Weighted
-from keeptune.methods._anchor.penalty import Anchored, is_measured, sum_of_squares
+from keeptune.methods._anchor.penalty import Anchored, is_measured, sum_of_sizes, sum_of_squares
 from keeptune.methods.ewc import EWC
 from pencil import Softmax, context, examples
 
@@ -58,6 +59,14 @@ def test_a_sum_of_squares_neither_overflows_nor_vanishes() -> None:
     assert sum_of_squares(torch.tensor([1e30])).item() == pytest.approx(1e60)
     assert sum_of_squares(torch.tensor([1e-30])).item() == pytest.approx(1e-60)
     assert sum_of_squares(torch.empty(0)).item() == 0.0
+
+
+def test_a_sum_of_sizes_does_not_overflow_and_shows_what_did() -> None:
+    assert sum_of_sizes(torch.tensor([3.0, -4.0])).item() == 7.0
+    assert sum_of_sizes(torch.full((4,), -3e38)).item() == pytest.approx(1.2e39)
+    assert sum_of_sizes(torch.tensor([1.0, -float("inf")])).item() == float("inf")
+    assert math.isnan(sum_of_sizes(torch.tensor([1.0, float("nan")])).item())
+    assert sum_of_sizes(torch.empty(0)).item() == 0.0
 
 
 # -- the strength ---------------------------------------------------------------------------------
@@ -172,6 +181,17 @@ def test_evidence_by_hand() -> None:
     )
 
 
+def test_pull_and_gradient_are_measured_by_the_sum_of_their_sizes() -> None:
+    # Pulls 10 · (3, 1, 0) · (1, −2, 5) = (30, −20, 0): sizes of 50 together, a norm of 36.1.
+    model = Softmax([[2.0, -1.0, 6.0]])
+    model.weight.grad = tensor(-80.0, 60.0, 10.0)[None]
+    method = held(tensor(1.0, 1.0, 1.0), tensor(3.0, 1.0, 0.0), strength=10)
+    method.gradients(context(model, step=1))
+    assert method.evidence() == pytest.approx(
+        {"penalty": 0.5 * 10 * (3 + 4), "task_gradient": 150.0, "gradient_share": 50 / 200}
+    )
+
+
 def test_evidence_is_of_unscaled_gradients() -> None:
     model = Softmax([[2.0]])
     model.weight.grad = tensor(10.0 * 512)[None]
@@ -202,6 +222,17 @@ def test_the_share_of_an_implicit_step_is_what_it_moved() -> None:
     assert method.evidence()["gradient_share"] == pytest.approx(0.5)
 
 
+def test_an_implicit_step_is_measured_by_the_sum_of_its_sizes() -> None:
+    # c = 0.1 · 10 · Ω = 1, 3: moves of 1 and −6, so at a learning rate of 0.1 a pull of 70.
+    model = Softmax([[3.0, -7.0]])
+    model.weight.grad = tensor(10.0, -20.0)[None]
+    method = held(tensor(1.0, 1.0), tensor(1.0, 3.0), strength=10, proximal=True)
+    ctx = context(model, step=1, learning_rate=0.1)
+    method.gradients(ctx)
+    method.after_step(ctx)
+    assert method.evidence()["gradient_share"] == pytest.approx(70 / (70 + 30))
+
+
 def test_without_a_learning_rate_there_is_no_share() -> None:
     model = Softmax([[3.0]])
     method = held(tensor(-1.0), tensor(1.0), proximal=True)
@@ -230,6 +261,19 @@ def test_an_automatic_strength_by_hand() -> None:
     assert pulled(method, model, 1, 60.0) == pytest.approx(2 * 3)
     assert method.evidence()["strength"] == pytest.approx(2.0)
     assert pulled(method, model, 3, 1.0) == pytest.approx(2 * 3), "between measured steps it stays"
+
+
+def test_a_few_important_weights_do_not_fill_the_share_of_all() -> None:
+    # One weight in 101 has nearly all importance: pulls 100 and 100 times 0.1 add up to 110.
+    model = Softmax([[2.0] * 101])
+    importance = tensor(100.0, *[0.1] * 100)
+    method = held(tensor(*[1.0] * 101), importance, strength="auto", share=1.0)
+    model.weight.grad = torch.full((1, 101), 2.0, dtype=torch.float64)
+    method.gradients(context(model, step=1))
+    assert method.evidence()["strength"] == pytest.approx(202 / 110)
+    assert method.evidence()["gradient_share"] == pytest.approx(0.5)
+    # By squares the strength would be a ninth of it, and the other weights nearly free.
+    assert 2 * 101**0.5 / math.hypot(100, 0.1 * 10) == pytest.approx(0.2, abs=0.002)
 
 
 def test_an_automatic_strength_is_the_least_of_the_first_and_then_stays() -> None:

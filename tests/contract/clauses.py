@@ -19,13 +19,15 @@ import torch
 import keeptune
 import runs
 import stage
+import traces
 from keeptune import registry
 from keeptune.cards import CARD_KEYS, card
 from keeptune.checks import CHECKS
 from keeptune.errors import MethodError
 from keeptune.folder import Evidence, MethodInfo, RunFolder, TaskEvidence
-from keeptune.method import Chain, Method
+from keeptune.method import Chain, Context, Method
 from keeptune.recipe import load_recipe
+from partners import Merger, Shrink
 from stage import Subject
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +166,13 @@ def leaves_all_as_found(subject: Subject, *, lora: bool) -> None:
     assert not disturbed, f"{sorted(set(disturbed))}"
 
 
+def serving_is_invisible(subject: Subject, *, lora: bool) -> None:
+    """8: whether the model answers between the tasks changes nothing of what is learned."""
+    silent, served = (stage.run((subject,), lora=lora, served=served) for served in (False, True))
+    assert stage.same(silent.weights[-1], served.weights[-1]), "answering changed the learning"
+    assert silent.evidence == served.evidence, "answering changed the evidence"
+
+
 def declares_its_memory(subject: Subject, *, lora: bool) -> None:
     """9: the bytes it declares are those of its state, in a task and after it; none are hidden."""
     for when, declared, kept, held in stage.run((subject,), lora=lora).memory:
@@ -251,6 +260,16 @@ def gives_evidence(subject: Subject, folder: Path, *, lora: bool) -> None:
     assert check.run(run) is None, check.run(run)
 
 
+def keeps_no_row(subject: Subject, folder: Path, *, lora: bool) -> None:
+    """14: unless it says that it keeps old rows, none of a task that has ended is in its state."""
+    if "buffer" in subject.cls.traits:
+        return
+    stage.interrupted(subject, folder, lora=lora)
+    ended = [row["input_ids"] for task in range(stage.TASKS - 1) for row in stage.rows(task)]
+    hits = traces.found(folder, (p for ids in ended for p in traces.tokens(ids)))
+    assert not hits, f"a row of an earlier task is in {hits[0]}"
+
+
 def _proves(subject: Subject, evidence: list[dict[str, Any]]) -> None:
     proof = subject.cls.proof
     first = subject.cls.active_from
@@ -260,6 +279,38 @@ def _proves(subject: Subject, evidence: list[dict[str, Any]]) -> None:
         if task >= first:
             shown = values.get(proof, math.nan)
             assert shown > 0, f"its proof {proof} is {shown} on task {task}"
+
+
+def keeps_the_order(subject: Subject) -> None:
+    """13: online, a stream's rows are learned in their order, and none in a step before its own."""
+    method, model = subject.make(), stage.build_model(lora=True, dropout=0.0)
+    for task in range(stage.TASKS):
+        rows = stage.rows(task)
+        ctx = Context(model, f"t{task}", task, rows, collate=lambda _: {}, online=True)
+        ctx.rows_in_step = stage.BATCH
+        method.begin_task(ctx)
+        trained = method.data(ctx, rows)["input_ids"]
+        method.end_task(ctx)
+        own, due = {tuple(ids): i for i, ids in enumerate(rows["input_ids"])}, 0
+        for begin in range(0, len(trained), stage.BATCH):
+            known = due
+            for place in (own.get(tuple(ids)) for ids in trained[begin : begin + stage.BATCH]):
+                if place == due:
+                    due += 1
+                elif place is not None:
+                    assert place < known, f"row {place} of task {task} comes before its turn"
+    assert due == len(rows), f"of task {task} only the first {due} rows come in their order"
+
+
+def old_answers_stay(subject: Subject, *, lora: bool) -> None:
+    """15: what claims isolation: whatever is learned later, beside whom and with which optimizer,
+    an earlier task served by its name is answered bit for bit as right after it was learned.
+    """
+    for other in (None, Shrink, Merger):
+        beside = "" if other is None else f" beside {other.__name__}"
+        for task, first, later in stage.answers_again(subject, other, lora=lora):
+            off = float((first - later).abs().max())
+            assert off == 0, f"answers of task {task} moved by {off:.1g}{beside}"
 
 
 def is_published(cls: type[Method], root: Path = ROOT) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ class Seen:
 
     Attributes:
         weights: The model's own tensors after each task.
-        logits: [rows, L, V], the last model's answers on rows of all tasks.
+        logits: [rows, L, V], what the last model answers on rows of all tasks, none of them named.
         evidence: Of each task, one dictionary for each method.
         disturbed: What a verb left otherwise than it found it, in words.
         memory: (when, bytes declared, bytes in `state()`, bytes held in attributes) per method.
@@ -105,8 +106,10 @@ class Watched(Chain):
         super().__init__(methods)
         self.seen = seen
         self.parts: tuple[list[nn.Parameter], list[nn.Module]] = ([], [])
+        self.found: dict[nn.Parameter, bool] = {}
 
     def begin_task(self, ctx: Context) -> None:
+        self.found = {p: p.requires_grad for p in ctx.model.parameters()}
         super().begin_task(ctx)
         self.parts = (list(ctx.model.parameters()), list(ctx.model.modules()))
 
@@ -128,14 +131,21 @@ class Watched(Chain):
         self.weigh("in the middle of", ctx)
 
     def end_task(self, ctx: Context) -> None:
-        with self._untouched("end_task"):
-            super().end_task(ctx)
+        before = _surroundings(*self.parts)
+        if not any("structure" in method.traits for method in self.methods):
+            # What is frozen for a task is given free at its end.
+            before["requires_grad"] = [self.found[p] for p in self.parts[0]]
+        super().end_task(ctx)
+        self._compare("end_task", before)
         self.weigh("after", ctx)
 
     @contextmanager
     def _untouched(self, verb: str) -> Iterator[None]:
         before = _surroundings(*self.parts)
         yield
+        self._compare(verb, before)
+
+    def _compare(self, verb: str, before: dict[str, Any]) -> None:
         for what, now in _surroundings(*self.parts).items():
             if before[what] != now:
                 self.seen.disturbed.append(f"{verb} changed {what}")
@@ -182,10 +192,13 @@ def build(
     cut: int = 1,
     dropout: float = DROPOUT,
     seed: int = 0,
+    settings: dict[str, Any] = SETTINGS,
 ) -> tuple[TextTrainer, Seen]:
     """A trainer over a fresh model, and what it will have shown."""
-    model, tokenizer, seen = build_model(lora, dropout), pico.tokenizer(), Seen()
-    settings = SETTINGS | {
+    model, seen = build_model(lora, dropout), Seen()
+    letters = string.printable[: VOCAB - len(pico.SPECIAL)]
+    tokenizer = pico.tokenizer(chat=True, letters=letters)
+    settings = settings | {
         "per_device_train_batch_size": BATCH // cut,
         "gradient_accumulation_steps": cut,
         "seed": seed,
@@ -205,8 +218,18 @@ def build(
     return trainer, seen
 
 
-def go(trainer: TextTrainer, seen: Seen, tasks: range, resume: Path | None = None) -> None:
-    """Learn these tasks and note what each left; `resume` is a state inside the first of them."""
+def go(
+    trainer: TextTrainer,
+    seen: Seen,
+    tasks: range,
+    resume: Path | None = None,
+    *,
+    served: bool = False,
+) -> None:
+    """Learn these tasks and note what each left; `resume` is a state inside the first of them.
+
+    With `served` the model answers after each task, as it does in a real run.
+    """
     base = _base(trainer.model)
     for task in tasks:
         trainer.learn(f"t{task}", rows(task), index=task, resume=resume)
@@ -214,8 +237,10 @@ def go(trainer: TextTrainer, seen: Seen, tasks: range, resume: Path | None = Non
         own = state.own_tensors(trainer.model)
         seen.weights.append({n: t.detach().clone() for n, t in own.items()})
         seen.evidence.append([m.evidence() for m in trainer.strategy])
-    seen.base_moved = not same(base, _base(trainer.model))
-    seen.logits = answers(trainer.model)
+        if served:
+            ask(trainer)
+    now = _base(trainer.model)
+    seen.base_moved = not same(base, {n: now.get(n, t + 1) for n, t in base.items()})
 
 
 def _base(model: nn.Module) -> dict[str, Tensor]:
@@ -225,6 +250,13 @@ def _base(model: nn.Module) -> dict[str, Tensor]:
         for n, p in model.named_parameters()
         if id(p) not in own and "lora_" not in n
     }
+
+
+def ask(trainer: TextTrainer) -> Tensor:
+    """The answers to unknown tasks."""
+    assert trainer.ctx is not None
+    trainer.strategy.serve(trainer.ctx, None)
+    return answers(trainer.model)
 
 
 @torch.no_grad()
@@ -244,11 +276,13 @@ def run(
     tasks: int = TASKS,
     dropout: float = DROPOUT,
     seed: int = 0,
+    served: bool = False,
 ) -> Seen:
     """Learn the tasks one after another; use `run.__wrapped__` to really run a second time."""
     methods = [s.make() for s in strategy]
     trainer, seen = build(methods, lora=lora, cut=cut, dropout=dropout, seed=seed)
-    go(trainer, seen, range(tasks))
+    go(trainer, seen, range(tasks), served=served)
+    seen.logits = ask(trainer)
     return seen
 
 
@@ -300,6 +334,33 @@ def interrupted(subject: Subject, folder: Path, *, lora: bool) -> Seen:
     state.put_tensors(again.model, state.load_file(folder / "weights.safetensors"))
     go(again, seen, range(TASKS - 1, TASKS), resume=progress)
     return seen
+
+
+def answers_again(
+    subject: Subject, other: type[Method] | None, *, lora: bool, tasks: int = 4
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Learn tasks by AdamW with weight decay; serve each after itself and all that follow.
+
+    Returns:
+        (task, its answers right after it, its answers after a later task).
+    """
+    methods = [subject.make(), *([other()] if other else [])]
+    trainer, _ = build(
+        methods,
+        lora=lora,
+        settings=SETTINGS | {"optim": "adamw_torch", "learning_rate": 0.02, "weight_decay": 0.1},
+    )
+    first, found = [], []
+    for task in range(tasks):
+        trainer.learn(f"t{task}", rows(task), index=task)
+        for earlier in range(task + 1):
+            trainer.strategy.serve(trainer.ctx, f"t{earlier}")
+            now = answers(trainer.model)
+            if earlier == task:
+                first.append(now)
+            else:
+                found.append((earlier, first[earlier], now))
+    return found
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -9,15 +9,32 @@ from typing import Any
 import pytest
 
 import anchors
+import averages
 import clauses
+import subspaces
 from keeptune import registry
 from keeptune.method import Method
 from keeptune.methods._anchor import Anchored, Travelled
+from keeptune.methods._slow import Slow
 from keeptune.methods.ewc import EWC
+from keeptune.methods.olora import OLoRA
+from keeptune.methods.osf import OSF
 from partners import PARTNERS
 from stage import Subject
 
-SUBJECTS = [Subject(registry.get(name)) for name in registry.names()]
+# The stage's model writes noise: little of it is a row, and none of it agrees with an answer.
+AT: dict[str, dict[str, Any]] = {
+    "pseudo_replay": {"ratio": 1.0},
+    "self_rewrite": {"agree": "any", "top_k": 20},
+}
+
+
+def usual(name: str) -> Subject:
+    """A method at its default settings, or at those by which the stage can see it."""
+    return Subject(registry.get(name), tuple(AT.get(name, {}).items()))
+
+
+SUBJECTS = [usual(name) for name in registry.names()]
 CASES = [
     pytest.param(subject, lora, id=f"{subject.cls.name()}-{'lora' if lora else 'full'}")
     for subject in SUBJECTS
@@ -58,7 +75,19 @@ VARIANTS = [
     variant("kl_base", lora=True, texts=TEXTS),
     variant("der", size=6, top_k=3),
     variant("der_pp", label_strength=0.0),
+    variant("ema", start="slow"),
+    variant("wise", mix=(0.9, 0.5, 0.1)),
+    variant("merge", form="dare_ties", start="merged"),
+    variant("merge", lora=True, form="slerp"),
+    variant("merge", form="task_arithmetic", strength=0.3),
+    variant("ilora", lora=True, start="slow", size=6),
+    variant("olora", lora=True, strength=0.1, norm_strength=0.1),
     variant("gem", margin=0.0),
+    variant("freeze", cache=True),
+    variant("freeze", cache=True, cache_gb=2e-6),  # room for some rows only
+    variant("freeze", layers=0.0, embeddings=False, patterns=("*layers.0.*",)),
+    variant("half", share=0.25),
+    variant("packnet", prune=0.75, after=0.5),  # prunes before the interruption
     variant("eaft", mask=0.5),
     # Small, so that the policies have to choose.
     variant("replay", policy="reservoir", size=6),
@@ -68,7 +97,12 @@ VARIANTS = [
     variant("replay", lora=True, policy="surprise", size=6),
     variant("replay", lora=True, policy="diversity", size=6),
     variant("replay", count="tokens", repeats=True),
+    variant("feature_replay", lora=True, layer=0, size=6),
+    variant("feature_replay", module="model.norm", rows=3, strength=0.5),
+    variant("pseudo_replay", ratio=0.0, general=0.5),
+    variant("pseudo_replay", lora=True, ratio=0.5, general=0.3, distil=1.0, probe=4),
 ]
+SERVING = [case for case in CASES + VARIANTS if case.values[0].cls.serve is not Method.serve]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
 each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)
 each_method = pytest.mark.parametrize("name", registry.names())
@@ -107,7 +141,7 @@ def test_5_goes_on_inside_a_task(subject: Subject, lora: bool, tmp_path: Path) -
 @pytest.mark.parametrize("partner", PARTNERS)
 @each_method
 def test_6_works_beside(name: str, partner: type[Method]) -> None:
-    subject = Subject(registry.get(name))
+    subject = usual(name)
     clauses.works_beside(subject, partner, lora=clauses.wants_adapter(subject))
 
 
@@ -118,12 +152,17 @@ def test_6_clashes_both_ways(pair: tuple[str, str]) -> None:
 
 @each_method
 def test_7_trains_adapters_and_all_weights(name: str) -> None:
-    clauses.trains_adapters_and_all_weights(Subject(registry.get(name)))
+    clauses.trains_adapters_and_all_weights(usual(name))
 
 
 @each_form
 def test_8_leaves_all_as_found(subject: Subject, lora: bool) -> None:
     clauses.leaves_all_as_found(subject, lora=lora)
+
+
+@pytest.mark.parametrize(("subject", "lora"), SERVING)
+def test_8_serving_is_invisible(subject: Subject, lora: bool) -> None:
+    clauses.serving_is_invisible(subject, lora=lora)
 
 
 @each_form
@@ -151,6 +190,27 @@ def test_12_is_published(name: str) -> None:
     clauses.is_published(registry.get(name))
 
 
+IN_ORDER = [s for s in SUBJECTS if s.cls.keeps_order]
+
+
+@pytest.mark.parametrize("subject", IN_ORDER, ids=[s.cls.name() for s in IN_ORDER])
+def test_13_keeps_the_order(subject: Subject) -> None:
+    clauses.keeps_the_order(subject)
+
+
+@each_case
+def test_14_keeps_no_row(subject: Subject, lora: bool, tmp_path: Path) -> None:
+    clauses.keeps_no_row(subject, tmp_path, lora=lora)
+
+
+ISOLATING = [case for case in CASES if "isolation" in case.values[0].cls.traits]
+
+
+@pytest.mark.parametrize(("subject", "lora"), ISOLATING)
+def test_15_old_answers_stay(subject: Subject, lora: bool) -> None:
+    clauses.old_answers_stay(subject, lora=lora)
+
+
 # -- methods with a quadratic penalty -------------------------------------------------------------
 
 HOLDING = [s.cls for s in SUBJECTS if issubclass(s.cls, Anchored)]
@@ -173,3 +233,33 @@ def test_anchors_follow_the_tasks_own_gradient(cls: type[Anchored]) -> None:
 
 def test_anchors_square_each_example() -> None:
     anchors.squares_each_example(EWC)
+
+
+# -- methods with slow weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [s.cls for s in SUBJECTS if issubclass(s.cls, Slow)])
+def test_averages_follow_by_their_formula(cls: type[Slow]) -> None:
+    averages.follows_by_its_formula(cls)
+
+
+# -- methods that keep new updates out of old directions ------------------------------------------
+
+
+def test_olora_pulls_off_the_earlier_adapters() -> None:
+    subspaces.pulls_off_the_earlier_adapters(OLoRA)
+
+
+def test_osf_keeps_the_old_subspace() -> None:
+    subspaces.keeps_the_old_subspace(OSF)
+
+
+# -- pairs that are meant to run together ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "lora"),
+    [("ilora", "label_smoothing", True), ("olora", "replay", True), ("ema", "ewc", False)],
+)
+def test_a_pair_runs_together_and_both_act(one: str, other: str, lora: bool) -> None:
+    clauses.works_beside(Subject(registry.get(one)), registry.get(other), lora=lora)

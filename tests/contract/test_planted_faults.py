@@ -19,14 +19,25 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from torch import Tensor
 
 import anchors
+import averages
 import clauses
 import stage
+import subspaces
 from keeptune import registry
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Chain, Context, Method, State
+from keeptune.methods._adapters import FIRST, factors
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
+from keeptune.methods._isolate import layers
+from keeptune.methods._slow import Slow
+from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
+from keeptune.methods.freeze import Freeze
 from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods.olora import OLoRA, overlap_gradient
+from keeptune.methods.osf import OSF
+from keeptune.methods.packnet import PackNet
+from keeptune.methods.progressive import Progressive
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
@@ -489,10 +500,18 @@ class DrawsPython(Partner):
         random.random()
 
 
+class StaysFrozen(Freeze):
+    """Does not give free what it froze for the task."""
+
+    def end_task(self, ctx: Context) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
         (Freezes, "after_step changed requires_grad"),
+        (StaysFrozen, "end_task changed requires_grad"),
         (StaysInEval, "end_task changed train mode"),
         (DrawsTorch, "gradients changed torch's global random numbers"),
         (DrawsNumpy, "data changed numpy's global random numbers"),
@@ -501,6 +520,27 @@ class DrawsPython(Partner):
 )
 def test_8_does_not_leave_all_as_found(cls: type[Method], words: str) -> None:
     caught(clauses.leaves_all_as_found, cls, words)
+
+
+class KeepsServing(EMA):
+    """Goes on from the weights that answered."""
+
+    def begin_task(self, ctx: Context) -> None:
+        self._fast.clear()
+
+
+class ServesStep(Partner):
+    """Shrinks the weights a little whenever the model answers."""
+
+    @torch.no_grad()
+    def serve(self, ctx: Context, task: str | None) -> None:
+        for parameter in ctx.trainable().values():
+            parameter.mul_(0.9)
+
+
+@pytest.mark.parametrize("cls", [KeepsServing, ServesStep])
+def test_8_answering_changes_the_learning(cls: type[Method]) -> None:
+    caught(clauses.serving_is_invisible, cls, "answering changed the learning")
 
 
 # -- 9 --------------------------------------------------------------------------------------------
@@ -748,6 +788,147 @@ def test_12_not_exported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         clauses.is_published(EWC, tree)
 
 
+# -- 13 -------------------------------------------------------------------------------------------
+
+
+class Shuffles(Partner):
+    """Learns a stream in an order of its own."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset.select(ctx.random("order").permutation(len(dataset)))
+
+
+class PeeksAhead(Partner):
+    """Brings rows of the stream back before they have come."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        ahead = [number for i in range(len(dataset)) for number in (i, (i + 5) % len(dataset))]
+        return dataset.select(ahead)
+
+
+class SameStep(Partner):
+    """Brings a row back in the step in which it comes."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset.select([i // 2 for i in range(2 * len(dataset))])
+
+
+class LeavesOut(Partner):
+    """Drops the last row."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset.select(range(len(dataset) - 1))
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Shuffles, "comes before its turn|only the first"),
+        (PeeksAhead, "comes before its turn"),
+        (SameStep, "comes before its turn"),
+        (LeavesOut, "only the first 9 rows"),
+    ],
+)
+def test_13_a_stream_is_out_of_order(cls: type[Method], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        clauses.keeps_the_order(Subject(cls))
+
+
+# -- 14 -------------------------------------------------------------------------------------------
+
+
+class Undeclared(Replay):
+    """Keeps rows as replay does, and does not say so."""
+
+    traits: ClassVar[frozenset[str]] = frozenset()
+
+
+class Listed(Partner):
+    """Keeps one row among its values."""
+
+    _row: list[int] = PrivateAttr(default_factory=list)
+
+    def end_task(self, ctx: Context) -> None:
+        self._row = list(ctx.dataset[0]["input_ids"])
+
+    def state(self) -> State:
+        return State(values={"row": self._row})
+
+    def restore(self, ctx: Context, state: State) -> None:
+        self._row = state.values["row"]
+
+
+@pytest.mark.parametrize("cls", [Undeclared, Listed])
+def test_14_keeps_a_row(cls: type[Method], tmp_path: Path) -> None:
+    caught(clauses.keeps_no_row, cls, "a row of an earlier task is in", tmp_path)
+
+
+# -- 15 -------------------------------------------------------------------------------------------
+
+
+class Decays(PackNet):
+    """AdamW moves what earlier tasks own: nothing is put back."""
+
+    def after_step(self, ctx: Context) -> None:
+        if not self._pruned:
+            super().after_step(ctx)
+
+    def end_task(self, ctx: Context) -> None:
+        self._owned.moves = {}
+        super().end_task(ctx)
+
+
+class ServesAll(PackNet):
+    """Serves every task with the weights of all."""
+
+    def serve(self, ctx: Context, task: str | None) -> None:
+        super().serve(ctx, None)
+
+
+class OneAdapter(TaskLoRA):
+    """Trains the first task's adapter on."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self._adapters[ctx.task] = "task_000"
+        ctx.model.set_adapter("task_000")
+
+    def end_task(self, ctx: Context) -> None:
+        self._evidence.update(adapters=1)
+
+
+class TrainsOldColumns(Progressive):
+    """A new task trains the columns of earlier ones on."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self._columns(ctx).requires_grad_(True)
+
+
+class Leaks(Progressive):
+    """What a new column says enters the model's first layer, which older columns read."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        up = list(self._columns(ctx))[-1].up
+        first = layers(ctx.model, "leaks")[1][0]
+        first.register_forward_hook(lambda module, inputs, output: output + up.detach().sum())
+
+
+@pytest.mark.parametrize(
+    ("cls", "lora"),
+    [
+        (Decays, False),
+        (ServesAll, False),
+        (OneAdapter, True),
+        (TrainsOldColumns, False),
+        (Leaks, False),
+    ],
+)
+def test_15_old_answers_move(cls: type[Method], lora: bool) -> None:
+    caught(clauses.old_answers_stay, cls, "answers of task 0 moved by", lora=lora)
+
+
 # -- methods with a quadratic penalty -------------------------------------------------------------
 
 
@@ -844,3 +1025,103 @@ class OfTheMean(EWC):
 def test_a_fisher_squares_the_mean() -> None:
     with pytest.raises(AssertionError, match="F is"):
         anchors.squares_each_example(OfTheMean)
+
+
+# -- methods with slow weights --------------------------------------------------------------------
+
+
+class NeverUpdates(EMA):
+    """Its slow weights stay where they began, as in the code that I-LoRA's authors released."""
+
+    def after_step(self, ctx: Context) -> None:
+        self._evidence["moved"] = 1.0
+
+
+class ForgetsAtOnce(EMA):
+    """Keeps the share that it should let go."""
+
+    def after_step(self, ctx: Context) -> None:
+        hasty = EMA(decay=1 - self.decay)
+        hasty._slow = self._slow
+        hasty.after_step(ctx)
+        self._evidence.update(hasty._evidence)
+
+
+class StartsAnew(EMA):
+    """Begins its average anew with each task."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        self._slow.clear()
+
+
+@pytest.mark.parametrize("cls", [NeverUpdates, ForgetsAtOnce, StartsAnew])
+def test_an_average_follows_otherwise(cls: type[Slow]) -> None:
+    averages.follows_by_its_formula(EMA)
+    with pytest.raises(AssertionError, match="answers with"):
+        averages.follows_by_its_formula(cls)
+
+
+# -- methods that keep new updates out of old directions ------------------------------------------
+
+
+class Himself(OLoRA):
+    """Is held orthogonal to the new adapter itself."""
+
+    @torch.no_grad()
+    def gradients(self, ctx: Context) -> None:
+        for name, factor in factors(ctx.model, FIRST).items():
+            if "lora_A" in name and factor.grad is not None:
+                factor.grad += self.strength * overlap_gradient(factor, factor)
+
+
+class LastOnly(OLoRA):
+    """Is held orthogonal to the last task's adapter only."""
+
+    def gradients(self, ctx: Context) -> None:
+        frozen, self._frozen = self._frozen, self._frozen[-1:]
+        super().gradients(ctx)
+        self._frozen = frozen
+
+
+@pytest.mark.parametrize("cls", [Himself, LastOnly])
+def test_a_new_adapter_is_pulled_elsewhere(cls: type[OLoRA]) -> None:
+    with pytest.raises(AssertionError, match="is pulled otherwise"):
+        subspaces.pulls_off_the_earlier_adapters(cls)
+
+
+class GradientsOnly(OSF):
+    """Leaves the step to the optimizer, as PEFT's adapter does."""
+
+    def after_step(self, ctx: Context) -> None:
+        pass
+
+
+class OneSided(OSF):
+    """Keeps the output side only."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        for old in self._old.values():
+            old.kept, old.v = old.kept[:, None] * old.v.T, None
+
+
+class DoesNotGrow(OSF):
+    """Holds as few directions in the second task as in the first."""
+
+    def begin_task(self, ctx: Context) -> None:
+        ctx.index = 0
+        super().begin_task(ctx)
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (GradientsOnly, "leaks .* task 0"),
+        (OneSided, "leaks"),
+        (DoesNotGrow, "leaks .* task 1"),
+    ],
+)
+def test_the_old_subspace_is_not_kept(cls: type[OSF], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        subspaces.keeps_the_old_subspace(cls)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import pico
 from keeptune.errors import MethodError
-from keeptune.method import Context
-from keeptune.methods.task_lora import TaskLoRA, adapter_hash
+from keeptune.methods._adapters import adapter_hash
+from keeptune.methods.task_lora import TaskLoRA
 from keeptune.tokens import collate
 from keeptune.trainers import build_trainer
-from pencil import context, texts
+from pencil import context, learn, texts
 
 IDS = torch.tensor([[6, 7, 8, 9, 10]])
 
@@ -23,18 +23,6 @@ IDS = torch.tensor([[6, 7, 8, 9, 10]])
 @torch.no_grad()
 def answers(model: Any) -> Tensor:
     return model(input_ids=IDS).logits.clone()
-
-
-def learn(model: Any, method: TaskLoRA, index: int) -> Context:
-    """A task that moves the trained weights somewhere of its own."""
-    ctx = context(model, task=f"t{index}", index=index)
-    method.begin_task(ctx)
-    g = torch.Generator().manual_seed(index)
-    with torch.no_grad():
-        for weight in ctx.trainable().values():
-            weight.add_(0.3 * torch.randn(weight.shape, generator=g))
-    method.end_task(ctx)
-    return ctx
 
 
 def stream(tasks: int) -> tuple[Any, TaskLoRA, list[Tensor]]:

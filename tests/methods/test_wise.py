@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import pico
-from keeptune.methods.wise import WiSE, mix_factors
+from keeptune.errors import MethodError
+from keeptune.methods._factors import mix_factors
+from keeptune.methods.wise import WiSE, thirds
 from pencil import Softmax, context
 
 
@@ -126,3 +128,51 @@ def test_switched_off_it_keeps_no_copy() -> None:
     method = WiSE(mix=1)
     method.begin_task(context(Softmax([[1.0]])))
     assert method.state().tensors == {}
+
+
+def test_each_layer_belongs_to_a_third() -> None:
+    names = ["embed.weight", *(f"layers.{i}.{p}.w" for i in range(5) for p in "ab"), "norm", "head"]
+    assert thirds(names) == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert thirds(["weight"]) == [0]
+
+
+def test_a_layers_number_is_the_first_in_its_name() -> None:
+    assert thirds(["h.0.x.7.w", "h.1.x.7.w", "h.2.x.7.w"]) == [0, 1, 2]
+
+
+def test_three_numbers_are_the_mix_of_lower_middle_and_upper_layers() -> None:
+    model, method = pico.causal_lm(16), WiSE(mix=(1.0, 0.25, 0.0))
+    assert thirds(["layers.0.w", "layers.1.w"]) == [0, 1]
+    ctx = context(model)
+    method.begin_task(ctx)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(4.0)
+    after = {n: p.detach().clone() for n, p in model.named_parameters()}
+    method.end_task(ctx)
+    for name, weight in model.named_parameters():
+        if "layers.0." in name or "embed" in name:
+            assert torch.equal(weight, after[name])
+        else:
+            step = 1.0 if "layers.1." in name else 0.0
+            torch.testing.assert_close(weight, before[name] + step, atol=1e-5, rtol=0)
+
+
+def test_three_ones_keep_no_copy_either() -> None:
+    method = WiSE(mix=[1, 1, 1])
+    method.begin_task(context(Softmax([[1.0]])))
+    assert method.state().tensors == {}
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        ([0.5, 2.0, 0.5], r"WiSE.mix.1: must be at most 1.0, got 2.0"),
+        ([0.5, 0.5], "WiSE.mix.2 must be given"),
+        ("half", "WiSE.mix: .*valid number.*got 'half'"),
+    ],
+)
+def test_what_is_no_mix_is_refused(mix: Any, words: str) -> None:
+    with pytest.raises(MethodError, match=words):
+        WiSE(mix=mix)

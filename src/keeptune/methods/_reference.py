@@ -1,4 +1,4 @@
-"""Gradients on kept rows, and a step's own gradient moved by them: what `agem` and `gem` share."""
+"""Gradients on kept rows, and a step's own gradient moved by them: for `agem`, `gem`, `ilora`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
 from keeptune.errors import MethodError
 from keeptune.head_pass import CrossEntropy
-from keeptune.method import Context, Method, State, wide
+from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.weights import blocks
 
@@ -37,32 +38,57 @@ def mean_gradient(
 
     Args:
         ctx: The task.
-        weights: As in `shared_gradient`, as is all else.
+        weights: What is differentiated by; each process has the whole of them.
         rows: The same in all processes.
         words: What the random numbers depend on besides seed and task.
     """
     batch = ctx.batch(list(rows))
     answers = max(1, ctx.answer_labels(batch).numel())
 
-    def loss(own: slice) -> Tensor:
-        part = {key: value[own] for key, value in batch.items()}
+    def mean_loss(part: Batch) -> Tensor:
         said = ctx.read(part)
         said.add(CrossEntropy(ctx.answer_labels(part)), 1 / answers)
         total = said.total()
         assert total is not None
         return total
 
-    return shared_gradient(ctx, weights, len(batch["labels"]), loss, *words)
+    return shared_gradient(ctx, weights, batch, mean_loss, *words)
+
+
+def batch_gradient(
+    ctx: Context,
+    weights: Sequence[nn.Parameter],
+    batch: Batch,
+    logits_of: Callable[[Batch], Tensor],
+    *words: object,
+) -> Gradient:
+    """`mean_gradient` for rows that are a batch already.
+
+    Args:
+        ctx: The task.
+        weights: What is differentiated by.
+        batch: All of it; every tensor has a line for each row.
+        logits_of: From the rows of this process to their logits.
+        words: As there.
+    """
+    answers = max(1, ctx.answer_labels(batch).numel())
+
+    def mean_loss(part: Batch) -> Tensor:
+        logits = ctx.answer_logits(logits_of(part), part)
+        loss = F.cross_entropy(wide(logits), ctx.answer_labels(part), reduction="sum")
+        return loss / answers
+
+    return shared_gradient(ctx, weights, batch, mean_loss, *words)
 
 
 def shared_gradient(
     ctx: Context,
     weights: Sequence[nn.Parameter],
-    rows: int,
-    loss: Callable[[slice], Tensor],
+    batch: Batch,
+    objective: Callable[[Batch], Tensor],
     *words: object,
 ) -> Gradient:
-    """Gradient of a sum over rows, times `ctx.grad_scale`.
+    """Gradient of an objective that is a sum over rows, times `ctx.grad_scale`.
 
     One forward and backward in the model's present mode; `.grad` and the random state are left as
     they are. Dropout is drawn from (seed, task, words). Several processes share the rows out and
@@ -71,18 +97,19 @@ def shared_gradient(
     Args:
         ctx: The task.
         weights: What is differentiated by; each process has the whole of them.
-        rows: How many there are, the same in all processes.
-        loss: The share of some of the rows in the sum.
+        batch: The rows, the same in all processes.
+        objective: Called with this process's share of them, if it has any.
         words: What the random numbers depend on besides seed and task.
     """
     rank, world = processes()
-    if rank >= rows:
+    batch = {key: value[rank::world] for key, value in batch.items()}
+    if not len(batch["labels"]):
         found = [torch.zeros_like(weight) for weight in weights]
     else:
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
             torch.manual_seed(int(ctx.random(*words, rank).integers(2**63)))
-            part = loss(slice(rank, None, world)) * ctx.grad_scale
-            found = list(torch.autograd.grad(part, weights, materialize_grads=True))
+            value = objective(batch) * ctx.grad_scale
+            found = list(torch.autograd.grad(value, weights, materialize_grads=True))
     if world > 1:
         for i, tensor in enumerate(found):
             # A copy: autograd may give two weights the same tensor, which must not be summed twice.
@@ -91,14 +118,15 @@ def shared_gradient(
     return found
 
 
-def add_gradient(ctx: Context, rows: int, loss: Callable[[slice], Tensor], *words: object) -> None:
-    """Add the gradient of a sum over rows to that of the step; as `shared_gradient`."""
+def add_gradient(
+    ctx: Context, batch: Batch, objective: Callable[[Batch], Tensor], *words: object
+) -> None:
+    """Add the gradient of an objective to that of the step; as `shared_gradient`."""
     weights = moved_weights(ctx)
-    for weight, found in zip(
-        weights, shared_gradient(ctx, weights, rows, loss, *words), strict=True
-    ):
+    found = shared_gradient(ctx, weights, batch, objective, *words)
+    for weight, gradient in zip(weights, found, strict=True):
         assert weight.grad is not None
-        weight.grad.add_(found)
+        weight.grad.add_(gradient)
 
 
 @torch.no_grad()
@@ -208,7 +236,7 @@ class Referenced(Method):
         shown["conflicts"] = shown.get("conflicts", 0) + (min(dots) < 0)
 
     def evidence(self) -> dict[str, Any]:
-        """Rows looked at and missed, share of conflicts, mean angles in degrees, what is kept."""
+        """Old rows looked at, missed and kept, share of conflicts, mean angles in degrees."""
         shown = dict(self._evidence)
         if steps := shown.pop("steps", 0):
             shown["conflict_share"] = shown.pop("conflicts") / steps

@@ -107,8 +107,7 @@ class KLBase(Method):
         batch = ctx.batch([self._texts[i] for i in order[: self.rows]])
         total = ctx.answer_labels(batch).numel()
 
-        def loss(own: slice) -> Tensor:
-            part = {key: value[own] for key, value in batch.items()}
+        def mean(part: Batch) -> Tensor:
             answers = ctx.read(part)
             answers.add(self._term(ctx, part), self.strength / total, self._note)
             self._sums[2] += len(part["labels"])
@@ -116,7 +115,7 @@ class KLBase(Method):
             assert value is not None
             return value
 
-        add_gradient(ctx, len(batch["labels"]), loss, "kl_base", "dropout", ctx.step)
+        add_gradient(ctx, batch, mean, "kl_base", "dropout", ctx.step)
 
     def _term(self, ctx: Context, batch: Batch) -> TopK | Teacher:
         if len(self._store):

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from keeptune.errors import MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor import SHARE, Anchored, Weights
+from keeptune.methods._anchor import Anchored, Weights
 
 
 def bare(name: str) -> str:
@@ -34,8 +34,6 @@ def bare(name: str) -> str:
 class L2SP(Anchored):
     """A quadratic pull of all weights alike towards where they were."""
 
-    # All weights are held, so the same share of the gradient costs more learning than in ewc.
-    share: float = Field(0.1, gt=0, description=SHARE)
     to: Literal["task", "base"] = Field(
         "task", description="pull to the weights before each task, or before the first"
     )

@@ -4,7 +4,9 @@ Paper: Robins 1995, https://doi.org/10.1080/09540099550039318 ; Chaudhry et al. 
     episodic memories in continual learning, https://arxiv.org/abs/1902.10486 ; herding: Rebuffi et
     al. 2017, https://arxiv.org/abs/1611.07725 ; surprise: Hazard et al. 2025 (SuRe),
     https://arxiv.org/abs/2511.22367
-Equation: train on D_t plus round(ratio |D_t|) rows drawn from what is kept of D_1 … D_{t-1}
+Equation: train on D_t plus round(ratio |D_t|) rows drawn from what is kept of D_1 … D_{t-1};
+    online each step's batch holds ratio old rows for each new one, drawn from a reservoir of all
+    rows seen in the steps before, the present task's too
 Changes: data, end_task
 Cost: for at most `size` rows 2.2 bytes a token for vocabularies of at most 65,536, else 4.2; in a
     run folder all but the newest 8192 of them lie in files. Training rows grow by `ratio`.
@@ -16,7 +18,8 @@ Not when: old data must not be stored, or only knowledge of the base model is at
 Differs from the paper: rows are mixed into the task's data set and shuffled with it, instead of one
     memory batch beside each new batch; rows are chosen when a task ends, by the model that has
     learned it. herding goes by the mean last hidden state of a row; surprise is the choice of rows
-    only, without SuRe's slow and fast adapters.
+    only, without SuRe's slow and fast adapters. Online it is the paper's, but that a batch of one
+    size holds both kinds of rows.
 Status: contract tested
 """
 
@@ -28,7 +31,9 @@ from datasets import Dataset
 from pydantic import Field, PrivateAttr
 
 from keeptune.buffer import Buffer, Policy, Unit
+from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
+from keeptune.methods._arrivals import mixed
 from keeptune.methods._measure import features, losses
 
 Weight = Annotated[float, Field(ge=0)]
@@ -58,6 +63,7 @@ class Replay(Method):
     neutral: ClassVar[dict[str, Any]] = {"ratio": 0.0}
     proof: ClassVar[str] = "rows_replayed"
     traits: ClassVar[frozenset[str]] = frozenset({"buffer"})
+    keeps_order: ClassVar[bool] = True
 
     _buffer: Buffer = PrivateAttr()
 
@@ -66,8 +72,27 @@ class Replay(Method):
         super().model_post_init(context)
         self._buffer = Buffer(self.size, self.policy)
 
+    def begin_task(self, ctx: Context) -> None:
+        """Refuse what goes by the whole of a task, which is not known online.
+
+        Raises:
+            MethodError: A setting does.
+        """
+        if not ctx.online or not self.ratio:
+            return
+        for setting, only in (("policy", "reservoir"), ("count", "rows"), ("task_weights", {})):
+            if (got := getattr(self, setting)) != only:
+                raise MethodError(
+                    f"Replay.{setting} is {got!r}, but online rows are drawn evenly from a "
+                    "reservoir. Leave it out, or leave `online` out."
+                )
+
     def data(self, ctx: Context, dataset: Dataset) -> Dataset:
-        """The rows given, plus rows drawn from the buffer."""
+        """The rows given, plus rows drawn from the buffer; online, those between them."""
+        if ctx.online:
+            dataset, evidence = mixed(self._buffer, ctx, dataset, self.ratio, repeats=self.repeats)
+            self._evidence.update(evidence)
+            return dataset
         new = len(ctx.dataset)
         if self.count == "tokens":
             new = sum(len(ids) for ids in ctx.dataset["input_ids"])
@@ -97,7 +122,9 @@ class Replay(Method):
         return self._buffer.beside(dataset, drawn)
 
     def end_task(self, ctx: Context) -> None:
-        """Show the task's rows to the buffer."""
+        """Show the task's rows to the buffer, unless they came as a stream."""
+        if ctx.online:
+            return
         values = None
         if self.policy == "surprise":
             values = losses(ctx)

@@ -14,28 +14,15 @@ Status: contract tested
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from typing import Any, ClassVar
 
-import torch
 from pydantic import PrivateAttr
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
+from keeptune.methods._adapters import FIRST, adapter_hash, add_adapter
 
 MERGED = "merged"
-
-
-def adapter_hash(model: Any, adapter: str) -> str:
-    """SHA-256 over one adapter's tensors, in name order."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if f".{adapter}." in name or name.endswith(f".{adapter}"):
-            digest.update(name.encode())
-            flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
-            digest.update(flat.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class TaskLoRA(Method):
@@ -44,7 +31,7 @@ class TaskLoRA(Method):
     proof: ClassVar[str] = "adapters"
     active_from: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"adapter"})
-    traits: ClassVar[frozenset[str]] = frozenset({"structure"})
+    traits: ClassVar[frozenset[str]] = frozenset({"isolation", "structure"})
     excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "restart", "structure"})
 
     _adapters: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -56,25 +43,14 @@ class TaskLoRA(Method):
         self._drop_merged(model)
         self._hashes = {t: adapter_hash(model, a) for t, a in self._adapters.items()}
         name = f"task_{ctx.index:03d}"
-        self._add(ctx, name)
+        add_adapter(ctx, name)
         self._adapters[ctx.task] = name
         model.set_adapter(name)
 
     @staticmethod
-    def _add(ctx: Context, name: str) -> None:
-        model: Any = ctx.model
-        config = copy.deepcopy(model.peft_config["default"])
-        config.inference_mode = False
-        seed = int(ctx.random("adapter").integers(2**31))
-        devices = [ctx.device] if ctx.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            model.add_adapter(name, config)
-
-    @staticmethod
     def _drop_merged(model: Any) -> None:
         if MERGED in model.peft_config:
-            model.set_adapter("default")
+            model.set_adapter(FIRST)
             model.delete_adapter(MERGED)
 
     def end_task(self, ctx: Context) -> None:
@@ -95,7 +71,7 @@ class TaskLoRA(Method):
         if task in self._adapters:
             model.set_adapter(self._adapters[task], inference_mode=True)
         elif len(adapters) < 2:
-            model.set_adapter((adapters or ["default"])[0], inference_mode=True)
+            model.set_adapter((adapters or [FIRST])[0], inference_mode=True)
         else:
             weights = [1 / len(adapters)] * len(adapters)
             # "cat" stacks the factors and is exact; "linear" would mix A and B apart.
@@ -113,4 +89,4 @@ class TaskLoRA(Method):
         self._hashes = dict(state.values["hashes"])
         for name in self._adapters.values():
             if name not in model.peft_config:
-                self._add(ctx, name)
+                add_adapter(ctx, name)

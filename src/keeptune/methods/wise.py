@@ -1,61 +1,78 @@
 """WiSE-FT: after each task, go back part of the way to the weights before it.
 
 Paper: Wortsman et al. 2022, Robust fine-tuning of zero-shot models,
-    https://arxiv.org/abs/2109.01903
-Equation: w ← (1 − mix) w_before + mix w_after
+    https://arxiv.org/abs/2109.01903 ; by blocks of layers: Lin et al. 2024 (HMA),
+    Mitigating the alignment tax of RLHF, https://arxiv.org/abs/2309.06256
+Equation: w ← (1 − mix) w_before + mix w_after; three numbers are the mix of the lower, middle and
+    upper third of the layers
 Changes: begin_task, end_task
 Cost: one copy of the trained weights (adapters only, under LoRA); no time per step.
 Use when: you want the simplest protection of general knowledge, with or without any old data.
 Not when: tasks are facts to be memorised: the weights half-way often hold neither well.
 Differs from the paper: applied after every task of a stream, with the weights before that task as
     the other end. Under LoRA the effective update ΔW = scale · B A is interpolated, then cut to the
-    adapter's rank by SVD; the error of the cut is in the evidence.
+    adapter's rank by SVD; the error of the cut is in the evidence. HMA looks for its blocks' mix,
+    whose mean it fixes, by training; here the three are given.
 Status: contract tested
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field, GetCoreSchemaHandler, PrivateAttr
+from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 
 from keeptune.method import Context, Method, State
+from keeptune.methods._factors import mix_factors
 
 
-def mix_factors(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], mix: float
-) -> tuple[Tensor, Tensor, float]:
-    """The best rank-r factors of (1 − mix) B₀A₀ + mix B₁A₁.
+@dataclass(frozen=True)
+class OneOrThree:
+    """Validates a number between `ge` and `le`, or three of them."""
 
-    QR of the stacked factors, then an SVD of a 2r × 2r matrix (Eckart–Young).
+    ge: float = 0.0
+    le: float = 1.0
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """The two, told apart by the value."""
+        one = core_schema.float_schema(ge=self.ge, le=self.le, allow_inf_nan=False)
+        three = core_schema.tuple_schema([one, one, one])
+        return core_schema.tagged_union_schema(
+            {"one": one, "three": three},
+            lambda value: "three" if isinstance(value, list | tuple) else "one",
+        )
+
+
+def thirds(names: Sequence[str]) -> list[int]:
+    """Whether each weight is in the lower (0), middle (1) or upper (2) third of the layers.
 
     Args:
-        old: A₀ [r, in] and B₀ [out, r].
-        new: A₁ and B₁.
-        mix: Share of the new update, 0 to 1.
-
-    Returns:
-        A [r, in], B [out, r], and the relative Frobenius error of the cut to rank r.
+        names: In the model's order; a layer's number is the first one in a name. What comes before
+            all layers belongs to the lower third, what comes after them to the upper one.
     """
-    (a0, b0), (a1, b1) = old, new
-    rank = a0.shape[0]
-    left, left_r = torch.linalg.qr(torch.cat([(1 - mix) * b0, mix * b1], 1).double())
-    right, right_r = torch.linalg.qr(torch.cat([a0, a1], 0).double().T)
-    u, s, vh = torch.linalg.svd(left_r @ right_r.T)
-    root = s[:rank].sqrt()
-    b = (left @ u[:, :rank]) * root
-    a = root[:, None] * (vh[:rank] @ right.T)
-    total = s.square().sum()
-    error = float((s[rank:].square().sum() / total).sqrt()) if total > 0 else 0.0
-    return a.to(a0.dtype), b.to(b0.dtype), error
+    found = [re.search(r"\.(\d+)\.", name) for name in names]
+    layers = 1 + max((int(match[1]) for match in found if match), default=0)
+    blocks, met = [], False
+    for match in found:
+        met = met or match is not None
+        blocks.append(3 * int(match[1]) // layers if match else 2 * met)
+    return blocks
 
 
 class WiSE(Method):
     """Interpolate the weights before and after each task."""
 
-    mix: float = Field(0.5, ge=0, le=1, description="share of the new weights")
+    mix: Annotated[float | tuple[float, float, float], OneOrThree()] = Field(
+        0.5, description="share of the new weights; or three, from the lower layers to the upper"
+    )
 
     neutral: ClassVar[dict[str, Any]] = {"mix": 1.0}
     proof: ClassVar[str] = "moved_back"
@@ -64,30 +81,37 @@ class WiSE(Method):
 
     _before: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
+    def _active(self) -> bool:
+        return self.mix not in (1, (1, 1, 1))
+
     def begin_task(self, ctx: Context) -> None:
         """Keep the weights before the task."""
-        if self.mix < 1:
+        if self._active():
             self._before = {n: p.detach().clone() for n, p in ctx.trainable().items()}
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
         """Set the weights between those before and those after."""
-        if self.mix == 1:
+        if not self._active():
             return
         weights = ctx.trainable()
+        mixes = self.mix if isinstance(self.mix, tuple) else (self.mix,) * 3
         squares, worst = 0.0, 0.0
-        for name in list(weights):
+        for name, block in zip(weights, thirds(list(weights)), strict=True):
+            mix = mixes[block]
+            if mix == 1:
+                continue
             partner = name.replace(".lora_A.", ".lora_B.")
             if partner != name and partner in weights:
                 pair = [(weights[n], self._before[n]) for n in (name, partner)]
                 (a, a_old), (b, b_old) = pair
-                new_a, new_b, error = mix_factors((a_old, b_old), (a, b), self.mix)
+                new_a, new_b, error = mix_factors((a_old, b_old), (a, b), mix)
                 squares += float((new_a - a).square().sum() + (new_b - b).square().sum())
                 a.copy_(new_a)
                 b.copy_(new_b)
                 worst = max(worst, error)
             elif ".lora_B." not in name:
-                step = (1 - self.mix) * (self._before[name] - weights[name])
+                step = (1 - mix) * (self._before[name] - weights[name])
                 squares += float(step.square().sum())
                 weights[name].add_(step)
         self._evidence.update(moved_back=squares**0.5, worst_cut_error=worst)

@@ -67,7 +67,8 @@ def _flips(column: Column, since: int, words: str, limit: int) -> Flips | None:
     won = sum(a.score < RIGHT <= b.score for a, b in pairs)
     if not pairs:
         return None
-    shown = [_flip(a, b) for a, b in lost[:limit]]
+    # Under `privacy: strict` results have no texts.
+    shown = [_flip(a, b) for a, b in lost[:limit] if a.prompt or a.expected]
     kind, name = column.kind, column.info.name
     return Flips(name, kind, words, len(pairs), len(lost), won, shown)
 

@@ -10,6 +10,7 @@ from keeptune.comparison import Group
 from keeptune.folder import RunFolder, RunInfo
 from keeptune.metrics import Metric, Summary
 from keeptune.report.axes import Axis, DotPlot, DotRow, Lane, Mark, axis_for, mark
+from keeptune.report.contradictions import Contradiction, contradictions
 from keeptune.report.figures import HeatCell, LossCurve, Panel, heat_map, loss_curve, panels
 from keeptune.report.flips import Flips, cut, flips
 from keeptune.results import Results
@@ -86,6 +87,7 @@ class RunView:
     metrics: list[MetricRow]
     evidence: list[EvidenceTable]
     flips: list[Flips]
+    contradictions: list[Contradiction]
     cost: list[CostRow]
     seconds: float
     peak_memory: int
@@ -115,6 +117,7 @@ def run_view(group: Group, position: int, flips_shown: int) -> RunView:
         metrics=metric_rows(group.metrics),
         evidence=_evidence(folder),
         flips=flips(results, flips_shown),
+        contradictions=contradictions(results),
         cost=rows,
         seconds=sum(row.seconds for row in rows),
         peak_memory=cost.peak_memory_bytes,

@@ -3,7 +3,6 @@
 from keeptune.methods._anchor.importance import ON, Examined, Weighted
 from keeptune.methods._anchor.path import PathIntegral, Travelled
 from keeptune.methods._anchor.penalty import (
-    SHARE,
     Anchored,
     Strength,
     is_measured,
@@ -13,7 +12,6 @@ from keeptune.methods._anchor.weights import Effective, Weights, blocks
 
 __all__ = [
     "ON",
-    "SHARE",
     "Anchored",
     "Effective",
     "Examined",

@@ -56,7 +56,7 @@ def _kind(value: Any) -> str:
 
 
 Strength = Annotated[float | Literal["auto"], NumberOrAuto()]
-SHARE = "with strength auto: the pull's norm over the task gradient's, at first"
+SHARE = "with strength auto: Σ|pull| over Σ|task gradient|, at first"
 STRENGTH = "weight of the penalty, λ; auto: see `share`"
 
 
@@ -65,11 +65,25 @@ def is_measured(step: int) -> bool:
     return step > 0 and (step & (step - 1) == 0 or step % 64 == 0)
 
 
+def sum_of_sizes(values: Tensor) -> Tensor:
+    """Σ |v|, in float64 where there is one; on the CPU.
+
+    It measures pulls and gradients: the norm that is dual to the box in which Adam and its like
+    step. Squares would not do: importances of a language model are spread so widely that a few
+    weights make up the sum.
+    """
+    total: Tensor = torch.linalg.vector_norm(values, 1, dtype=_widest(values))
+    return total.cpu()
+
+
 def sum_of_squares(values: Tensor) -> Tensor:
     """Σ v², which neither overflows nor vanishes: in float64 where there is one; on the CPU."""
-    widest = torch.float32 if values.device.type == "mps" else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=widest)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=_widest(values))
     return norm.square().cpu()
+
+
+def _widest(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 class Anchored(Method):
@@ -79,7 +93,7 @@ class Anchored(Method):
     """
 
     strength: Strength = Field("auto", description=STRENGTH)
-    share: float = Field(1.0, gt=0, description=SHARE)
+    share: float = Field(0.3, gt=0, description=SHARE)
     proximal: bool = Field(
         False,
         description="an implicit step after the optimizer's, instead of a term of the gradient",
@@ -162,10 +176,10 @@ class Anchored(Method):
             before = [p.clone() for p in touched]
             self._move_back(weights, name, ctx.learning_rate)
             for new, old in zip(touched, before, strict=True):
-                moved += sum_of_squares((new - old).view(-1))
+                moved += sum_of_sizes((new - old).view(-1))
         if measured and ctx.learning_rate:
-            (square,) = self._over_shards(weights, moved[None])
-            self._note_share(square**0.5 / ctx.learning_rate)
+            (way,) = self._over_shards(weights, moved[None])
+            self._note_share(way / ctx.learning_rate)
 
     # -- the strength, and the proof --------------------------------------------------------------
 
@@ -175,7 +189,7 @@ class Anchored(Method):
 
     def _measure(self, ctx: Context, weights: Weights) -> None:
         """Measure the pull at strength 1; settle an automatic strength; leave evidence."""
-        squares = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)
         for name in self._held(weights):
             value = weights.value(name)
             unit = torch.empty_like(wide(value))
@@ -183,14 +197,14 @@ class Anchored(Method):
                 anchor, importance = self._block(name, span, value.device)
                 apart = wide(value[span]) - anchor
                 unit[span] = apart if importance is None else apart * importance
-                squares[0] += (apart * unit[span]).sum().cpu()
+                sums[0] += (apart * unit[span]).sum().cpu()
             for parameter, share in weights.parts(name, unit):
-                squares[1] += sum_of_squares(share)
+                sums[1] += sum_of_sizes(share)
                 # A gradient that is not there stays so: an optimizer passes over such weights.
                 if parameter.grad is not None:
-                    squares[2] += sum_of_squares(local(parameter.grad))
-        distance, pull, task = self._over_shards(weights, squares)
-        pull, task = pull**0.5, task**0.5 / ctx.grad_scale
+                    sums[2] += sum_of_sizes(local(parameter.grad))
+        distance, pull, task = self._over_shards(weights, sums)
+        task /= ctx.grad_scale
         if not math.isfinite(task):
             return  # fp16 overflowed, and this step will be left out
         if self.strength == "auto" and pull and ctx.step <= LAST_TUNED:
@@ -203,7 +217,7 @@ class Anchored(Method):
             self._note_share(self._strength * pull)
 
     def _note_share(self, pull: float) -> None:
-        """Keep the largest share of the pull in pull + task gradient, both as norms."""
+        """Keep the largest share of the pull in pull + task gradient, both as Σ|·|."""
         total = pull + self._evidence.get("task_gradient", 0.0)
         share = pull / total if total else 0.0
         self._evidence["gradient_share"] = max(share, self._evidence.get("gradient_share", 0.0))

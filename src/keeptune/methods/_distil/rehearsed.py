@@ -20,7 +20,7 @@ from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._distil.recorded import Recorded, answers_of, batches, record_rows
 from keeptune.methods._reference import add_gradient
 
-Draw = dict[str, list[int]]  # positions in the buffer, of the rows for "outputs" and "labels"
+DRAWN = "drawn"  # a column for which rows of a draw there are
 
 
 class Rehearsed(Method):
@@ -79,30 +79,40 @@ class Rehearsed(Method):
         }
         together = [position for positions in drawn.values() for position in positions]
         batch = ctx.batch(self._buffer.examples(together))
+        counts = torch.tensor(answers_of(batch))
+        first = len(drawn["outputs"])
+        amounts = int(counts[:first].sum()), int(counts[first:].sum())
+        # Which rows a process has in its share.
+        batch[DRAWN] = torch.arange(len(together))
 
-        def loss(own: slice) -> Tensor:
-            return self._loss(ctx, batch, drawn, own)
+        def objective(part: Batch) -> Tensor:
+            own = part.pop(DRAWN).tolist()
+            recorded = [drawn["outputs"][i] for i in own if i < first]
+            return self._loss(ctx, part, recorded, amounts)
 
-        add_gradient(ctx, len(together), loss, self.name(), "dropout", ctx.step)
+        add_gradient(ctx, batch, objective, self.name(), "dropout", ctx.step)
         self._evidence["rows_replayed"] = self._evidence.get("rows_replayed", 0) + len(together)
 
-    def _loss(self, ctx: Context, batch: Batch, drawn: Draw, own: slice) -> Tensor:
-        """What this process adds: its own rows' share of the means over all that were drawn."""
-        counts = np.array(answers_of(batch))
-        first = len(drawn["outputs"])
-        mine = np.arange(len(counts))[own]
-        part = {key: value[own] for key, value in batch.items()}
-        answers = ctx.read(part)
-        labels = ctx.answer_labels(part)
-        n = int(counts[mine[mine < first]].sum())  # of my answers, those with recorded outputs
+    def _loss(
+        self, ctx: Context, batch: Batch, recorded: list[int], amounts: tuple[int, int]
+    ) -> Tensor:
+        """What some of the rows that were drawn add to the means over all of them.
+
+        Args:
+            ctx: The task.
+            batch: The rows: those for their outputs, then those for their labels.
+            recorded: Positions in the buffer of the former.
+            amounts: Answers of all rows of each draw.
+        """
+        answers = ctx.read(batch)
+        n = sum(answers_of(batch)[: len(recorded)])
         outputs = torch.zeros(len(answers), device=ctx.device)
-        outputs[:n] = self.strength / max(1, int(counts[:first].sum()))
+        outputs[:n] = self.strength / max(1, amounts[0])
         others = torch.zeros(len(answers), device=ctx.device)
-        others[n:] = self._label_weight() / max(1, int(counts[first:].sum()))
-        answers.add(CrossEntropy(labels), others)
+        others[n:] = self._label_weight() / max(1, amounts[1])
+        answers.add(CrossEntropy(ctx.answer_labels(batch)), others)
         squares = torch.zeros((), device=ctx.device)
-        positions = [drawn["outputs"][i] for i in mine[mine < first]]
-        kept = self._buffer.extras(positions)
+        kept = self._buffer.extras(recorded)
         if "logits" in kept:
             z = torch.from_numpy(kept["logits"]).to(ctx.device)
             values = (wide(answers.values[:n]) - z).square().mean(1)

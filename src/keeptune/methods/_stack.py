@@ -1,0 +1,100 @@
+"""One LoRA adapter learns each task, on top of those before it: what `inc_lora` and `olora` share.
+
+The trained adapter is always the model's first one, so that its weights keep their names, and a
+classifier's head is one and the same for all tasks. When a new task begins, what it holds goes to a
+frozen adapter of its own, and it starts again from A at random and B = 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+from weakref import ref
+
+import torch
+from peft.tuners.lora import LoraLayer
+from pydantic import PrivateAttr
+from torch.distributed.tensor import DTensor
+
+from keeptune.errors import MethodError
+from keeptune.method import Context, Method, State
+from keeptune.methods._adapters import FIRST, add_adapter, factors
+
+
+class Stacked(Method):
+    """A model of the base and the sum of one adapter for each task, all but the last frozen."""
+
+    proof: ClassVar[str] = "frozen_adapters"
+    needs: ClassVar[frozenset[str]] = frozenset({"adapter"})
+    traits: ClassVar[frozenset[str]] = frozenset({"structure"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "restart", "structure"})
+
+    _frozen: list[str] = PrivateAttr(default_factory=list)
+    _learned: int = PrivateAttr(0)
+    # Found once a task: to look for them in each step would take longer than what is done there.
+    _refs: list[ref[Any]] = PrivateAttr(default_factory=list)
+
+    def begin_task(self, ctx: Context) -> None:
+        """Freeze what the last task learned, and start anew on top of it.
+
+        Raises:
+            MethodError: The adapters cannot be summed, or FSDP has sharded them.
+        """
+        model: Any = ctx.model
+        if model.peft_config[FIRST].use_dora:
+            raise MethodError(
+                f"The method {self.name()!r} sums LoRA updates, which DoRA rescales each by "
+                "itself. Leave `use_dora` out of the adapter's options, or remove the method."
+            )
+        if any(isinstance(p, DTensor) for p in ctx.trainable().values()):
+            raise MethodError(
+                f"The method {self.name()!r} adds weights to a model that FSDP has sharded. Train "
+                "with DDP (leave `fsdp` out), or remove the method."
+            )
+        if self._learned > len(self._frozen):
+            self._freeze(ctx)
+        self._evidence["frozen_adapters"] = len(self._frozen)
+
+    @torch.no_grad()
+    def _freeze(self, ctx: Context) -> None:
+        self._stack(ctx, [*self._frozen, f"task_{len(self._frozen):03d}"])
+        trained = factors(ctx.model, FIRST)
+        for name, factor in factors(ctx.model, self._frozen[-1]).items():
+            factor.copy_(trained[name])
+        devices = [ctx.device] if ctx.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(ctx.random("adapter").integers(2**31)))
+            for layer in self._layers():
+                layer.reset_lora_parameters(FIRST, True)
+
+    def _stack(self, ctx: Context, names: list[str]) -> None:
+        """Let these adapters, frozen, and the trained one work together."""
+        model: Any = ctx.model
+        for name in names:
+            if name not in model.peft_config:
+                add_adapter(ctx, name, head=False)
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._refs = [ref(layer) for layer in layers]
+        for layer in layers:
+            # Not the whole model's `set_adapter`: a classifier's head takes one adapter only.
+            layer.set_adapter([*names, FIRST])
+        for name in names:
+            for factor in factors(model, name).values():
+                factor.requires_grad_(False)
+        self._frozen = names
+
+    def _layers(self) -> list[Any]:
+        """Every layer that has LoRA factors."""
+        return [layer for found in self._refs if (layer := found()) is not None]
+
+    def end_task(self, ctx: Context) -> None:
+        """Count the task."""
+        self._learned += 1
+
+    def state(self) -> State:
+        """Which adapters are frozen; their weights are the model's."""
+        return State(values={"frozen": self._frozen, "learned": self._learned})
+
+    def restore(self, ctx: Context, state: State) -> None:
+        """Add the frozen adapters again; their weights are loaded after this."""
+        self._learned = int(state.values["learned"])
+        self._stack(ctx, list(state.values["frozen"]))

@@ -1,0 +1,75 @@
+"""The strongest directions of matrices, and keeping what a matrix is there: for `osf`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from keeptune.method import Context, wide
+from keeptune.methods._adapters import FIRST
+
+
+@dataclass
+class Old:
+    """The old directions of a matrix X, and what X is there.
+
+    Attributes:
+        u: [out, k] with orthonormal columns, or None where the output side is free.
+        v: [in, k] likewise, of the input side.
+        kept: Of a side alone Uᵀ X or X V; of both their singular values [k].
+    """
+
+    u: Tensor | None
+    v: Tensor | None
+    kept: Tensor
+
+    def free(self, gradient: Tensor) -> None:
+        """Leave of a gradient only what is off the old directions, in place."""
+        g = wide(gradient)
+        if self.u is not None:
+            g = g - self.u @ (self.u.T @ g)
+        if self.v is not None:
+            g = g - (g @ self.v) @ self.v.T
+        gradient.copy_(g)
+
+    def put_back(self, value: Tensor) -> None:
+        """Give a value its old part again, in place; what is off it stays."""
+        x = wide(value)
+        if self.u is not None:
+            left = self.kept if self.v is None else self.kept[:, None] * self.v.T
+            x = x - self.u @ (self.u.T @ x - left)
+        if self.v is not None:
+            right = self.kept if self.u is None else self.u * self.kept
+            x = x - (x @ self.v - right) @ self.v.T
+        value.copy_(x)
+
+
+def strongest(weight: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular triples: U [out, k], Σ [k] and V [in, k], k = ⌊share · min(out, in)⌋."""
+    u, s, vh = torch.linalg.svd(wide(weight), full_matrices=False)
+    k = int(share * len(s))
+    return u[:, :k].clone(), s[:k].clone(), vh[:k].T.clone()
+
+
+def old_directions(ctx: Context, share: float) -> Iterator[tuple[str, Old]]:
+    """What is held of every linear layer that is trained, by its parameters' names."""
+    trained = ctx.trainable()
+    head = getattr(ctx.model, "get_output_embeddings", lambda: None)()
+    for name, module in ctx.model.named_modules():
+        if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), nn.Linear):
+            stem = f"{name}.lora_{{}}.{FIRST}.weight"
+            a, b = trained.get(stem.format("A")), trained.get(stem.format("B"))
+            if a is not None and b is not None:
+                base = wide(module.get_base_layer().weight)
+                u, _, v = strongest(base + module.scaling[FIRST] * (wide(b) @ wide(a)), share)
+                yield stem.format("A"), Old(None, v, wide(a) @ v)
+                yield stem.format("B"), Old(u, None, u.T @ wide(b))
+            continue
+        is_layer = isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+        if is_layer and f"{name}.weight" in trained:
+            u, s, v = strongest(module.weight, share)
+            yield f"{name}.weight", Old(u, v, s)

@@ -1,0 +1,1 @@
+"""Rows that a model writes itself: sampling, the form of a whole row, chats, rewritten answers."""
