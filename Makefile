@@ -25,6 +25,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/anchor.py
 	$(BIN)/python benchmarks/buffer.py
+	$(BIN)/python benchmarks/distill.py
 
 # torch first and by its exact version: an open range would fetch gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml constraints.txt

@@ -32,11 +32,14 @@ from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
 from keeptune.methods.agem import AGEM
+from keeptune.methods.der_pp import DERpp
 from keeptune.methods.ewc import EWC
 from keeptune.methods.feature_replay import FeatureReplay
 from keeptune.methods.gem import GEM
 from keeptune.methods.hierarchical import Hierarchical
+from keeptune.methods.kl_base import KLBase
 from keeptune.methods.l2sp import L2SP
+from keeptune.methods.lwf import LwF
 from keeptune.methods.mas import MAS
 from keeptune.methods.pseudo_replay import PseudoReplay
 from keeptune.methods.replay import Replay
@@ -175,6 +178,10 @@ CASES = {
         lambda: [MAS(strength=100.0, examples=6, on="effective")], lora=True, places=WHOLE
     ),
     "hierarchical": Case(lambda: [Hierarchical(strength=100.0)]),
+    "lwf": Case(lambda: [LwF(strength=20.0, temperature=1.0)], places=WHOLE),
+    "lwf, recorded": Case(lambda: [LwF(strength=20.0, targets="recorded")]),
+    "kl_base, LoRA": Case(lambda: [KLBase(strength=20.0)], lora=True, places=WHOLE),
+    "der_pp": Case(lambda: [DERpp(rows=5, strength=5.0)], places=WHOLE),
     # In bf16 another token would be drawn where two are nearly as likely.
     "pseudo_replay": Case(
         lambda: [PseudoReplay(ratio=0.0, general=0.1, distil=1.0, perplexity=1e3)],

@@ -23,7 +23,7 @@ LIGHT = (
 METHODS_MAY = {
     "__future__", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
-    "keeptune.answers", "keeptune.methods._distil", "keeptune.places",
+    "keeptune.answers", "keeptune.head_pass", "keeptune.methods._distil", "keeptune.places",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
     "keeptune.methods._arrivals", "keeptune.methods._features",
     "keeptune.methods._writing",

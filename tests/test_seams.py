@@ -15,8 +15,13 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import pico
 from keeptune.errors import DataError, MethodError, TrainingError
+from keeptune.head_pass import CrossEntropy
 from keeptune.method import Context, Method
+from keeptune.methods.der_pp import DERpp
+from keeptune.methods.eaft import EAFT
 from keeptune.methods.ewc import EWC
+from keeptune.methods.kl_base import KLBase
+from keeptune.methods.label_smoothing import LabelSmoothing
 from keeptune.methods.lwf import LwF
 from keeptune.methods.wise import WiSE
 from keeptune.seams import Seams
@@ -68,11 +73,23 @@ class LogitMean(Method):
         return 0.5 * ctx.mean_over_answers(squares)
 
 
+class MoreCrossEntropy(Method):
+    """A known term, through `ctx.answers`: half of the cross-entropy once more."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"answers"})
+    is_read: ClassVar[list[bool]] = []
+
+    def loss(self, ctx: Context, batch: Any, outputs: Any) -> None:
+        assert ctx.answers is not None
+        self.is_read.append(ctx.answers.head is not None)
+        ctx.answers.add(CrossEntropy(ctx.answer_labels(batch)), 0.5 / ctx.answers_in_step)
+
+
 def flat(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def by_hand(*, pull: float = 0.0, term: float = 0.0) -> Tensor:
+def by_hand(*, pull: float = 0.0, term: float = 0.0, more: float = 0.0) -> Tensor:
     """The same training in plain torch."""
     model = pico.causal_lm().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -82,7 +99,7 @@ def by_hand(*, pull: float = 0.0, term: float = 0.0) -> Tensor:
         ids, labels = torch.tensor(chosen["input_ids"]), torch.tensor(chosen["labels"])
         logits = model(input_ids=ids).logits[:, :-1]
         keep = labels[:, 1:] != -100
-        loss = F.cross_entropy(logits[keep], labels[:, 1:][keep])
+        loss = (1 + more) * F.cross_entropy(logits[keep], labels[:, 1:][keep])
         loss = loss + term * logits[keep].square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -123,6 +140,33 @@ def test_a_loss_term_weighs_the_same_in_any_number_of_micro_batches(
     more = {"per_device_train_batch_size": BATCH // cut, "gradient_accumulation_steps": cut}
     got = by_seams(tmp_path, [LogitMean()], **more)
     assert same(got, by_hand(term=0.5))
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize("beside_logits", [False, True])
+def test_a_term_on_answers_and_the_loss_are_one_pass(
+    tmp_path: Any, cut: int, beside_logits: bool
+) -> None:
+    more = {"per_device_train_batch_size": BATCH // cut, "gradient_accumulation_steps": cut}
+    MoreCrossEntropy.is_read.clear()
+    methods: list[Method] = [MoreCrossEntropy()]
+    if beside_logits:  # then from the same logits, beside the model's own loss
+        methods.append(LogitMean())
+    got = by_seams(tmp_path, methods, **more)
+    assert same(got, by_hand(more=0.5, term=0.5 * beside_logits))
+    assert set(MoreCrossEntropy.is_read) == {not beside_logits}
+
+
+def test_label_smoothing_and_eaft_compose_with_distillation(tmp_path: Any) -> None:
+    each = [LabelSmoothing(), EAFT(mask=0.3), LwF(targets="recorded"), DERpp(), KLBase()]
+    model, tokenizer = pico.causal_lm(), pico.tokenizer()
+    trainer = build_trainer(
+        "causal_lm", model, tokenizer, rows(), each, settings(tmp_path), collate(tokenizer)
+    )
+    for seed in (0, 1):
+        trainer.learn(f"t{seed}", rows(seed=seed))
+    for method in each:
+        assert method.evidence()[method.proof] > 0, method.name()
 
 
 def test_no_method_is_trls_own_training(tmp_path: Any) -> None:

@@ -298,8 +298,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     parts = [part for part in parts if len(part)]
     if len(parts) < 2:
         return parts[0] if parts else Rows.none()
-    names = list(parts[0].extras)
-    assert all(list(part.extras) == names for part in parts), "not the same extras for all rows"
+    names = sorted(parts[0].extras)  # restored ones have any order
+    assert all(sorted(part.extras) == names for part in parts), "not the same extras for all rows"
     ids = _in_line([part.ids for part in parts])
     extras = {name: _in_line([part.extras[name] for part in parts]) for name in names}
     kinds = {part.kind for part in parts}

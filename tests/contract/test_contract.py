@@ -43,6 +43,9 @@ CASES = [
 ]
 
 
+TEXTS = str(Path(__file__).parent / "texts.txt")
+
+
 def variant(name: str, *, lora: bool = False, **settings: Any) -> Any:
     """A method at other settings, which take other ways through its code."""
     shown = " ".join(f"{key} {value}" for key, value in settings.items())
@@ -66,6 +69,12 @@ VARIANTS = [
     variant("hierarchical", lora=True, on="factors"),
     variant("lwf", targets="recorded"),
     variant("lwf", lora=True, targets="recorded", top_k=4),
+    variant("kl_base", direction="reverse"),
+    variant("kl_base", texts=TEXTS, rows=3),
+    variant("kl_base", texts=TEXTS, direction="reverse", temperature=2.0),
+    variant("kl_base", lora=True, texts=TEXTS),
+    variant("der", size=6, top_k=3),
+    variant("der_pp", label_strength=0.0),
     variant("ema", start="slow"),
     variant("wise", mix=(0.9, 0.5, 0.1)),
     variant("merge", form="dare_ties", start="merged"),

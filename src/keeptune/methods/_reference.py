@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
 from keeptune.errors import MethodError
+from keeptune.head_pass import CrossEntropy
 from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.weights import blocks
@@ -42,7 +43,16 @@ def mean_gradient(
         words: What the random numbers depend on besides seed and task.
     """
     batch = ctx.batch(list(rows))
-    return batch_gradient(ctx, weights, batch, lambda part: ctx.outputs(part).logits, *words)
+    answers = max(1, ctx.answer_labels(batch).numel())
+
+    def mean_loss(part: Batch) -> Tensor:
+        said = ctx.read(part)
+        said.add(CrossEntropy(ctx.answer_labels(part)), 1 / answers)
+        total = said.total()
+        assert total is not None
+        return total
+
+    return shared_gradient(ctx, weights, batch, mean_loss, *words)
 
 
 def batch_gradient(
@@ -106,6 +116,17 @@ def shared_gradient(
             found[i] = tensor.clone(memory_format=torch.contiguous_format)
             distributed.all_reduce(found[i])
     return found
+
+
+def add_gradient(
+    ctx: Context, batch: Batch, objective: Callable[[Batch], Tensor], *words: object
+) -> None:
+    """Add the gradient of an objective to that of the step; as `shared_gradient`."""
+    weights = moved_weights(ctx)
+    found = shared_gradient(ctx, weights, batch, objective, *words)
+    for weight, gradient in zip(weights, found, strict=True):
+        assert weight.grad is not None
+        weight.grad.add_(gradient)
 
 
 @torch.no_grad()

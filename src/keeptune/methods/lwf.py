@@ -73,7 +73,7 @@ class LwF(Method):
 
         Not in `begin_task`, where other methods may still add adapters.
         """
-        if self.strength and self.targets == "recorded":
+        if self.strength and self.targets == "recorded" and not len(self._store):
             self._store = Store.of(ctx, ctx.dataset, self.top_k, self.temperature)
         return dataset
 
@@ -127,14 +127,11 @@ class LwF(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take it back."""
-
-        def under(start: str) -> dict[str, Tensor]:
-            return {n[len(start) :]: t for n, t in state.tensors.items() if n.startswith(start)}
-
         self._teacher_of = int(state.values["teacher_of"])
         self._sums = state.tensors["sums"].to(ctx.device)
-        self._teacher = Frozen({n: t.to(ctx.device) for n, t in under("teacher/").items()})
-        self._store = Store.from_tensors(under("store/"))
+        teacher = state.part("teacher").tensors
+        self._teacher = Frozen({n: t.to(ctx.device) for n, t in teacher.items()})
+        self._store = Store.from_tensors(state.part("store").tensors)
 
     def declared_bytes(self, ctx: Context) -> int:
         """During a task the copy of the trained weights, or what was recorded; and three sums."""

@@ -3,6 +3,7 @@
 from keeptune.methods._distil.recorded import Recorded, Store, record, record_rows
 from keeptune.methods._distil.teachers import Frozen, without_adapter
 from keeptune.methods._distil.terms import Teacher, TopK
+from keeptune.methods._distil.texts import read_texts
 
 __all__ = [
     "Frozen",
@@ -10,6 +11,7 @@ __all__ = [
     "Store",
     "Teacher",
     "TopK",
+    "read_texts",
     "record",
     "record_rows",
     "without_adapter",

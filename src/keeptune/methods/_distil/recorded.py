@@ -67,7 +67,7 @@ class Recorded:
         q = torch.from_numpy(self.log_q).to(device, torch.float32).exp_()
         rest = torch.from_numpy(self.rest).to(device)
         # Rounded to 16 bits they do not sum to 1 any more.
-        q *= ((1 - rest) / q.sum(1))[:, None]
+        q *= ((1 - rest) / q.sum(1).clamp_min(torch.finfo(q.dtype).tiny))[:, None]
         return TopK(torch.from_numpy(self.ids.astype(np.int64)).to(device), q, rest, temperature)
 
     def take(self, positions: NDArray[np.int64]) -> Recorded:
