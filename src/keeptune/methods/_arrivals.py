@@ -100,6 +100,7 @@ def mixed(
         "rows_repeated": len(old) - len(np.unique(old)),
         "rows_new": new,
         "rows_kept": kept,
+        "bytes_on_disk": buffer.on_disk(),
         "rows_short": max(0, round(ratio * new) - len(old)),
     }
     # What comes back of what was kept before, each row once, in front of the stream's own.
@@ -107,7 +108,7 @@ def mixed(
     dataset = dataset.select_columns(COLUMNS) if len(old) else dataset
     every = [buffer.rows(wanted.tolist(), dataset)] if len(wanted) else []
     # By the same random numbers as in `numbered`, and so the same rows.
-    buffer.add(dataset, ctx.task, ctx.random("reservoir"))
+    buffer.add(dataset, ctx.task, ctx.random("reservoir"), folder=ctx.folder)
     if not len(old):
         return dataset, evidence
     order = np.concatenate([numbers for step in steps for numbers in step])
