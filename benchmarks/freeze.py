@@ -66,7 +66,9 @@ def steps(report: Report, name: str, make: Callable[[], Any], top: int, rounds: 
     for what, spent in seconds.items():
         report.add(f"{what}: tokens/s", name, TOKENS / spent)
     plain, without, cached = seconds.values()
-    report.add(f"{top_of}: without the cache / with it", name, without / cached, least=2.0)
+    # The pilot's 260 to 1,000 tokens/s, of the large model.
+    goal = 3.8 if stack > 8 else None
+    report.add(f"{top_of}: without the cache / with it", name, without / cached, least=goal)
     report.add(f"{top_of}, from the cache / plain", name, cached / plain)
     halves = timed(name, {"plain": (make(), None), "half": (make(), Half())}, rounds)
     report.add("half / plain step", name, halves["half"] / halves["plain"])
