@@ -197,7 +197,7 @@ class Seams(LossTerms):
     def _cover_new_weights(self) -> None:
         assert self.ctx is not None
         if not self.is_fsdp_enabled:
-            if any(m.traits & {"structure", "freeze"} for m in self.strategy):
+            if any(m.traits & {"structure", "freeze", "isolation"} for m in self.strategy):
                 # DDP knows only the weights that were there, and trained, when it was made.
                 self.model_wrapped = self.model
         elif not all(isinstance(p, DTensor) for p in self.ctx.trainable().values()):

@@ -145,6 +145,20 @@ def test_6_works_beside(name: str, partner: type[Method]) -> None:
     clauses.works_beside(subject, partner, lora=clauses.wants_adapter(subject))
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("packnet", "label_smoothing"),
+        ("packnet", "freeze"),
+        ("freeze", "replay"),
+        ("half", "replay"),
+        ("progressive", "label_smoothing"),
+    ],
+)
+def test_6_works_beside_another_method(name: str, other: str) -> None:
+    clauses.works_beside(Subject(registry.get(name)), registry.get(other), lora=False)
+
+
 @pytest.mark.parametrize("pair", [*itertools.combinations(registry.names(), 2)], ids="-".join)
 def test_6_clashes_both_ways(pair: tuple[str, str]) -> None:
     clauses.clashes_both_ways(*map(registry.get, pair))
