@@ -45,8 +45,8 @@ def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
     if cosine.abs() > 0.9995:
         return torch.lerp(one, other, share)
     angle = cosine.acos()
-    arc: Tensor = ((1 - share) * angle).sin() * one + (share * angle).sin() * other
-    return arc / angle.sin()
+    begun, ended = ((1 - share) * angle).sin(), (share * angle).sin()
+    return torch.div(begun * one + ended * other, angle.sin())
 
 
 def merged(vectors: list[Tensor], form: Form, density: float) -> Tensor:
