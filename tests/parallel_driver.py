@@ -33,16 +33,21 @@ from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
 from keeptune.methods.agem import AGEM
 from keeptune.methods.der_pp import DERpp
+from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC
 from keeptune.methods.feature_replay import FeatureReplay
 from keeptune.methods.freeze import Freeze
 from keeptune.methods.gem import GEM
 from keeptune.methods.half import Half
 from keeptune.methods.hierarchical import Hierarchical
+from keeptune.methods.ilora import ILoRA
 from keeptune.methods.kl_base import KLBase
 from keeptune.methods.l2sp import L2SP
 from keeptune.methods.lwf import LwF
 from keeptune.methods.mas import MAS
+from keeptune.methods.merge import Merge
+from keeptune.methods.olora import OLoRA
+from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
 from keeptune.methods.pseudo_replay import PseudoReplay
 from keeptune.methods.replay import Replay
@@ -202,6 +207,14 @@ CASES = {
     "gem, LoRA": Case(
         lambda: [GEM(rows=5)], lora=True, places=("accumulated", "checkpointed", "ddp")
     ),
+    # The slow weights are trained only from the second task on, if it starts from them.
+    "ema": Case(lambda: [EMA(decay=0.5, start="slow")]),
+    "ilora, LoRA": Case(
+        lambda: [ILoRA(rows=5, decay=0.5)], lora=True, places=("accumulated", "checkpointed", "ddp")
+    ),
+    "olora": Case(lambda: [OLoRA(strength=0.01)], lora=True, places=("accumulated", "ddp")),
+    "osf": Case(lambda: [OSF()], places=WHOLE),
+    "merge": Case(lambda: [Merge(form="slerp")], places=WHOLE),
 }
 
 

@@ -279,7 +279,10 @@ class Method(BaseModel):
 
 
 def _rank_at_begin(method: Method) -> int:
-    return 0 if "structure" in method.traits else 1 if "freeze" in method.traits else 2
+    if method.traits & {"structure", "freeze"}:
+        return 0 if "structure" in method.traits else 1
+    # What answered may have put other weights into the model, and puts the trained ones back.
+    return 3 if type(method).serve is Method.serve else 2
 
 
 def _rank_at_end(method: Method) -> int:
@@ -312,9 +315,10 @@ class Chain:
     """Runs methods as one, in the order written.
 
     `data` pipes left to right, terms of `loss` add, all other effects run in list order, but: what
-    adds weights begins first and what freezes them next, so that all others find what will be
-    trained; frozen weights are given free after all others have ended the task; and what isolates
-    tasks has the last word on gradients and weights.
+    adds weights begins first, what freezes them next, and then what has a `serve` and may have to
+    put the trained ones back, so that all others find what will be trained; frozen weights are
+    given free after all others have ended the task; and what isolates tasks has the last word on
+    gradients and weights.
 
     Args:
         methods: The strategy; empty is plain fine-tuning.
@@ -354,11 +358,8 @@ class Chain:
         return iter(self.methods)
 
     def begin_task(self, ctx: Context) -> None:
-        """Run every method's `begin_task`, with last task's evidence cleared.
-
-        Those that serve come first: they may have put other weights into the model to answer.
-        """
-        for method in sorted(self.methods, key=lambda m: type(m).serve is Method.serve):
+        """Run every method's `begin_task`, with last task's evidence cleared."""
+        for method in self.methods:
             method._evidence.clear()
         for method in sorted(self.methods, key=_rank_at_begin):
             method.begin_task(ctx)

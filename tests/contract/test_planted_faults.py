@@ -30,10 +30,11 @@ from keeptune.methods._adapters import FIRST, factors
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
 from keeptune.methods._isolate import layers
 from keeptune.methods._slow import Slow
+from keeptune.methods._writing.before import softened_kl
 from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.freeze import Freeze
-from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods.lwf import LwF
 from keeptune.methods.olora import OLoRA, overlap_gradient
 from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
@@ -172,11 +173,13 @@ def test_3_same_seed_other_weights(cls: type[Method]) -> None:
 class PerMicroBatch(LwF):
     """Averages over its micro batch, so that four of them pay four times."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor:
         self._look_back(ctx)
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         with torch.no_grad():
-            old = torch.func.functional_call(ctx.model, self._teacher, (), inputs).logits
+            old = torch.func.functional_call(ctx.model, self._teacher.weights, (), inputs).logits
         new = ctx.answer_logits(outputs.logits, batch)
         return softened_kl(new, ctx.answer_logits(old, batch), self.temperature).mean()
 

@@ -21,6 +21,7 @@ Status: contract tested
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -122,7 +123,11 @@ class ILoRA(Slow):
     def _slow_states(self, ctx: Context, batch: Batch) -> tuple[Tensor, ...]:
         weights = self._followed(ctx)
         slow = {name: self._slow[name].to(weight.dtype) for name, weight in weights.items()}
-        inputs = {k: v for k, v in batch.items() if k != "labels"} | {"output_hidden_states": True}
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        inputs["output_hidden_states"] = True
+        base = getattr(ctx.model, "get_base_model", lambda: ctx.model)()
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+            inputs["logits_to_keep"] = 1  # nobody reads them
         ctx.model.eval()
         states = functional_call(ctx.model, slow, (), inputs, tie_weights=True).hidden_states
         ctx.model.train()
