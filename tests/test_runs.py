@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pico
-from keeptune import loop, state
+from keeptune import loop, serving, state
 from keeptune.checks import run_checks
 from keeptune.disk import locked
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
@@ -107,7 +107,9 @@ def test_row_0_is_taken_over_from_a_run_on_the_same_model_and_data(
     scored: list[str] = []
     original = loop.Loop._score
     monkeypatch.setattr(
-        loop.Loop, "_score", lambda self, item: (scored.append(item.name), original(self, item))[1]
+        loop.Loop,
+        "_score",
+        lambda self, item, *more: (scored.append(item.name), original(self, item, *more))[1],
     )
     second = run(recipe(home, out=str(home / "second")), row_0=first)
     assert scored == ["t1", "t0", "t1", "t0", "t1"]
@@ -180,6 +182,44 @@ def test_task_lora_serves_each_task_with_its_own_adapter(tmp_path: Path) -> None
         fitted.model.set_adapter(adapter)
         logits[adapter] = fitted.model(probe).logits
     assert not torch.equal(logits["task_000"], logits["task_002"])
+
+
+def distinct(task: int, n: int = 8) -> list[dict[str, str]]:
+    """Rows whose questions have letters of their own."""
+    low = "abcdefgh" if task == 0 else "STUVWXYZ"
+    return [
+        {"prompt": f"{low[i % 8]}{low[(3 * i) % 8]}:", "completion": f" {chr(97 + i + 5 * task)}"}
+        for i in range(n)
+    ]
+
+
+def test_a_question_of_unknown_task_is_answered_by_the_adapter_of_its_task(home: Path) -> None:
+    for task in range(2):
+        write(home / f"train{task}.jsonl", distinct(task))
+        write(home / f"eval{task}.jsonl", distinct(task))
+    mixed = [row for pair in zip(distinct(0), distinct(1), strict=True) for row in pair]
+    guard = {"name": "mixed", "eval": write(home / "mixed.jsonl", mixed)}
+    asked = recipe(
+        home,
+        adapter={"kind": "lora", "rank": 4},
+        guards=[guard],
+        methods=[{"task_lora": {"unknown": "nearest"}}],
+    )
+    folder = run(asked)
+    assert folder.routes(0) is None
+    assert folder.routes(1) is None
+    routes = folder.routes(2)
+    assert routes is not None
+    assert routes.right("t0") == routes.right("t1") == 1.0
+    cell = folder.cell(2, "guard", 0)
+    assert cell is not None
+    assert [e.id for e in cell.examples] == list(range(16))
+    alone = [folder.cell(2, "task", task) for task in range(2)]
+    for i, example in enumerate(cell.examples):
+        own = alone[i % 2]
+        assert own is not None
+        same = next(e for e in own.examples if e.prompt == example.prompt)
+        assert same.answer == example.answer
 
 
 def test_a_classifier_learns_tasks_from_a_recipe(home: Path) -> None:
@@ -337,7 +377,7 @@ def test_full_memory_names_the_batch_size(
     def full(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "score_rows", full)
+    monkeypatch.setattr(serving, "score_rows", full)
     with pytest.raises(TrainingError, match="per_device_train_batch_size: 4"):
         run(recipe(home))
 
