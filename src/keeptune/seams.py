@@ -1,4 +1,4 @@
-"""Puts the seven verbs into any `transformers.Trainer` or TRL trainer.
+"""Puts the verbs of training into any `transformers.Trainer` or TRL trainer.
 
     class MyTrainer(Seams, SFTTrainer): ...
     trainer = MyTrainer(model=model, methods=[EWC(), Replay()], ...)

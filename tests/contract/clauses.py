@@ -360,7 +360,7 @@ def is_served_as_it_says(subject: Subject, folder: Path, *, lora: bool) -> None:
     trainer = served.learned(subject, lora=lora)
     ctx, chain = stage.context(trainer, stage.TASKS - 1), trainer.strategy
     seen = {}
-    for task in (None, *(f"t{i}" for i in range(stage.TASKS))):
+    for task in ("t0", "t2", None):
         chain.serve(ctx, task)
         seen[task] = served.logits(trainer)
         if subject.cls.served == "keeptune" or (task is None and served.is_routed(trainer)):

@@ -83,13 +83,13 @@ def test_the_head_that_is_served_has_the_same_order_of_classes(bert: bool) -> No
         trained = logits(model)
         method.end_task(ctx)
         assert torch.equal(logits(model).argsort(-1), trained.argsort(-1))
-    torch.testing.assert_close(head(model).weight.norm(dim=-1), torch.ones(6))
+    torch.testing.assert_close(head(model).weight.norm(dim=-1), torch.full((6,), 1 / 30))
     if bert:
         assert not head(model).bias.any()
 
 
 def test_the_first_task_moves_everything_and_the_later_ones_new_rows_only() -> None:
-    model, method = pico.classifier(6), SeqStar()
+    model, method = pico.classifier(6).train(), SeqStar()
     assert all(p.requires_grad for p in begin(model, method, 0).model.parameters())
     method.end_task(context(model))
     body = {n: p.detach().clone() for n, p in model.named_parameters() if "score" not in n}
@@ -108,6 +108,22 @@ def test_the_first_task_moves_everything_and_the_later_ones_new_rows_only() -> N
     assert method.evidence() == {
         "cosine_batches": 6, "classes_new": 2, "classes_held": 4, "weights_frozen": frozen,
     }  # fmt: skip
+
+
+def test_short_rows_turn_as_many_times_faster_under_adam() -> None:
+    turned = []
+    for rate in (1.0, 100.0):
+        model, method = pico.classifier(6), SeqStar(rate=rate)
+        ctx = begin(model, method, 0)
+        weight = head(model).weight
+        before = weight.detach().clone()
+        optimizer = torch.optim.Adam([weight], lr=1e-6)
+        model(input_ids=IDS).logits[:, 0].sum().backward()
+        optimizer.step()
+        assert ctx.trainable()
+        turned.append(1 - torch.cosine_similarity(weight[0].double(), before[0].double(), dim=0))
+    angles = [float((2 * t).sqrt()) for t in turned]
+    assert angles[1] == pytest.approx(100 * angles[0], rel=0.02)
 
 
 def test_old_rows_have_no_gradient() -> None:

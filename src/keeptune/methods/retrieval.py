@@ -17,7 +17,8 @@ Use when: old rows may be kept and the questions to come resemble them, or facts
 Not when: the model must answer alone, long questions leave no room, or rows must not be stored.
 Differs from the paper: the retriever is not trained, and the rows are put there as they were
     learned, with their answers, one after the other. The model is trained without them. Words are
-    the tokenizer's tokens. Of a known task only its own rows are looked up.
+    the tokenizer's tokens. Of a known task only its own rows are looked up. Guards of lm-eval are
+    asked without rows.
 Status: contract tested
 """
 

@@ -3,7 +3,8 @@
 Paper: Zheng, Qiu and Ma 2024, Learn or recall? Revisiting incremental learning with pre-trained
     language models, https://arxiv.org/abs/2312.07887
 Equation: logit_c = cos(h, w_c) / temperature over the classes of all tasks from the start; task 1
-    trains everything, later tasks w_c for c in no earlier task. Served: h · w_c / ‖w_c‖
+    trains everything, later tasks w_c for c in no earlier task. ‖w_c‖ = 1 / rate when a task begins
+    and when it has ended; served: h · w_c
 Changes: begin_task, gradients, after_step, end_task
 Cost: the old classes' rows of the head, once more. From the second task on only the head is
     trained: no gradients in the backbone and no optimizer state for it.
@@ -13,8 +14,11 @@ Not when: tasks share their classes, later tasks need other features than the fi
     the model is not a classifier.
 Differs from the paper: all of the first task is the warm-up, with the loss of the classes, where
     the released code takes one epoch of it (for decoders as language modelling) and then freezes.
-    Cosines are divided by a temperature; the released code leaves it out, which is 1. A plain
-    linear head is served: rows have length 1 and no bias, so that the classes keep their order.
+    Cosines are divided by a temperature; the released code leaves it out, which is 1. The released
+    code gives the head a learning rate of its own; here its rows are short instead: Adam's steps
+    do not depend on a weight's size and a cosine not on a row's length, so that rows of length
+    1 / rate turn `rate` times as fast. A plain linear head is served: its rows have one length and
+    no bias, so that the classes keep their order.
 Status: contract tested
 """
 
@@ -42,6 +46,9 @@ class SeqStar(Method):
     """A cosine classifier with a place for every class, whose old rows and backbone stay."""
 
     temperature: float = Field(0.05, gt=0, le=1, description="what cosines are divided by")
+    rate: float = Field(
+        30.0, gt=0, le=1e4, description="how much faster the head's rows turn than length 1 would"
+    )
 
     proof: ClassVar[str] = "cosine_batches"
     active_from: ClassVar[int] = 0
@@ -73,12 +80,15 @@ class SeqStar(Method):
             head.bias.zero_()
             head.bias.requires_grad_(False)
         if ctx.index == 0:
-            head.weight.copy_(F.normalize(head.weight, dim=-1))
+            head.weight.copy_(self._short(head.weight))
         else:
             for parameter in ctx.trainable().values():
                 parameter.requires_grad_(parameter is head.weight)
         self._rows = head.weight[self._old].clone()
         self._hook = head.register_forward_hook(self._cosines)
+
+    def _short(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1) / self.rate
 
     def _head(self, ctx: Context) -> nn.Linear:
         """The last linear layer that is trained and has a row for every class."""
@@ -115,7 +125,7 @@ class SeqStar(Method):
         weight = self._head(ctx).weight
         learned = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         learned[self._old] = False
-        weight[learned] = F.normalize(weight[learned], dim=-1)
+        weight[learned] = self._short(weight[learned])
         if self._hook is not None:
             self._hook.remove()
         frozen = sum(p.numel() for p in ctx.model.parameters() if not p.requires_grad)
