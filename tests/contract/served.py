@@ -26,17 +26,17 @@ def learned(subject: Subject, *, lora: bool, apart: bool = False) -> Any:
 
 
 def _apart(task: int) -> Dataset:
-    """Rows of eight words that no other task has."""
+    """Rows of two words that no other task has."""
     g = torch.Generator().manual_seed(task)
     size = (stage.ROWS, stage.LENGTH)
-    ids = torch.randint(6 + 8 * task, 14 + 8 * task, size, generator=g).tolist()
+    ids = torch.randint(6 + 2 * task, 8 + 2 * task, size, generator=g).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 5 + x[5:] for x in ids]})
 
 
 def new_questions(task: int) -> list[list[int]]:
     """Questions in the words of `_apart`."""
     g = torch.Generator().manual_seed(100 + task)
-    return torch.randint(6 + 8 * task, 14 + 8 * task, (20, 5), generator=g).tolist()
+    return torch.randint(6 + 2 * task, 8 + 2 * task, (20, 5), generator=g).tolist()
 
 
 def is_routed(trainer: Any) -> bool:
