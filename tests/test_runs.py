@@ -188,10 +188,10 @@ def test_task_lora_serves_each_task_with_its_own_adapter(tmp_path: Path) -> None
 
 def distinct(task: int, n: int = 8) -> list[dict[str, str]]:
     """Rows whose questions have letters of their own."""
-    low = "abcdefgh" if task == 0 else "STUVWXYZ"
+    two = "ab" if task == 0 else "YZ"
+    words = [two[i // 4] + two[i // 2 % 2] + two[i % 2] for i in range(n)]
     return [
-        {"prompt": f"{low[i % 8]}{low[(3 * i) % 8]}:", "completion": f" {chr(97 + i + 5 * task)}"}
-        for i in range(n)
+        {"prompt": word, "completion": f" {chr(97 + i + 5 * task)}"} for i, word in enumerate(words)
     ]
 
 
