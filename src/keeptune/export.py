@@ -17,6 +17,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -136,8 +137,7 @@ def _write(probe: _Probe, folder: RunFolder, out: Path, task: str | None, merged
     session = probe.session
     model: Any = session.model
     is_adapter = isinstance(model, peft.PeftModel)
-    is_one = is_adapter and len(model.active_adapters) == 1
-    base = base_name(session) if is_one and not merged else None
+    base = base_name(session) if is_adapter and sole_adapter(model) and not merged else None
     kind: Kind = "model" if base is None else "adapter"
     exported = Exported(out, kind, is_merged=is_adapter and base is None)
     whole = _merged(model) if exported.is_merged else model
@@ -167,7 +167,7 @@ def write_model(model: Any, base: str | None, files: Path) -> None:
     if base is None:
         model.save_pretrained(files)
         return
-    (active,) = model.active_adapters
+    active = sole_adapter(model)
     tensors = peft.get_peft_model_state_dict(
         model, adapter_name=active, save_embedding_layers=False
     )
@@ -181,6 +181,14 @@ def write_model(model: Any, base: str | None, files: Path) -> None:
     base_model(model).generation_config.save_pretrained(files)
 
 
+def sole_adapter(model: Any) -> str | None:
+    """The one adapter that answers in every layer, or None where there are several."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    names = {name for layer in layers for name in layer.active_adapters}
+    names = names or set(model.active_adapters)  # a soft prompt is in no layer
+    return names.pop() if len(names) == 1 else None
+
+
 def _merged(model: Any) -> Any:
     if not hasattr(model, "merge_and_unload"):
         kind = model.active_peft_config.peft_type.value.lower()
@@ -188,7 +196,7 @@ def _merged(model: Any) -> Any:
             f"An adapter of the kind {kind} is no change of weights and cannot be merged into "
             "them. Export it without --merged, from a run whose model is a hub id or a folder."
         )
-    return model.merge_and_unload(adapter_names=model.active_adapters)
+    return model.merge_and_unload()
 
 
 def base_name(session: Session) -> str | None:

@@ -137,11 +137,7 @@ class TaskEvidence(_Record):
 
 
 class Routes(_Record):
-    """Which task the questions of each learned task are taken for when theirs is not told.
-
-    Attributes:
-        tasks: Of each task, how many of its questions go to which one.
-    """
+    """Of each learned task, how many questions go to which task when theirs is not told."""
 
     tasks: dict[str, dict[str, int]]
 
@@ -283,13 +279,15 @@ class RunFolder:
 
     def write_routes(self, row: int, routes: Routes) -> None:
         """Keep which tasks were chosen after one task of the stream."""
-        file = self.path / "rows" / f"{row:03d}" / "routes.json"
-        write_atomic(file, routes.model_dump_json().encode())
+        write_atomic(self._routes_file(row), routes.model_dump_json().encode())
 
     def routes(self, row: int) -> Routes | None:
         """Which tasks were chosen, or None where the strategy chooses none."""
-        file = self.path / "rows" / f"{row:03d}" / "routes.json"
-        return self._read(file, Routes) if file.is_file() else None
+        file = self._routes_file(row)
+        return self.read(file, Routes) if file.is_file() else None
+
+    def _routes_file(self, row: int) -> Path:
+        return self.path / "rows" / f"{row:03d}" / "routes.json"
 
     def column(self, kind: Kind, index: int) -> list[Cell | None]:
         """One task or guard over the whole stream: row 0 (before training) to the last row."""

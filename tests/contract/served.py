@@ -67,11 +67,11 @@ def exported(trainer: Any, folder: Path) -> tuple[Tensor, bool]:
     folder.mkdir()
     if not hasattr(model, "peft_config"):
         export.write_model(model, None, folder)
-    elif classes:
+    elif classes or not export.sole_adapter(model):
         export.write_model(copy.deepcopy(model).merge_and_unload(), None, folder)
     else:
         stage.build_model(False, 0.0).save_pretrained(folder / "base")
         export.write_model(model, str(folder / "base"), folder)
     kind: Any = "adapter" if (folder / "adapter_config.json").exists() else "model"
     again = export.load_model(folder, kind, classes=classes, dtype=torch.float32)
-    return _logits(again), not (classes and hasattr(model, "peft_config"))
+    return _logits(again), not (kind == "model" and hasattr(model, "peft_config"))
