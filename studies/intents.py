@@ -44,20 +44,17 @@ LINES, PAGE = HERE / "intents-runs.jsonl", HERE / "intents.md"
 
 SEEDS = (0, 1, 2)
 Rows = list[dict[str, str]]
-Method = tuple[dict[str, dict[str, Any]], dict[str, Any]]
 TRAINER: dict[str, Any] = {
     "learning_rate": 2e-4,
     "num_train_epochs": 3,
     "per_device_train_batch_size": 16,
 }
-# Methods and what their trainer has otherwise. With a frozen backbone the head alone is trained,
-# which bears and needs a higher rate.
-METHODS: dict[str, Method] = {
-    "plain": ({}, {}),
-    "ewc": ({"ewc": {"strength": "auto"}}, {}),
-    "replay": ({"replay": {"ratio": 0.5, "size": 300, "policy": "balanced"}}, {}),
-    "seq_star": ({"seq_star": {}}, {}),
-    "joint": ({}, {}),
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "ewc": {"ewc": {"strength": "auto"}},
+    "replay": {"replay": {"ratio": 0.5, "size": 300, "policy": "balanced"}},
+    "seq_star": {"seq_star": {}},
+    "joint": {},  # all tasks as one
 }
 THINGS = {
     "money": "account card loan mortgage savings cheque transfer deposit pension tax bonus invoice "
@@ -155,15 +152,14 @@ def execute(label: str, seed: int, rows: tuple[Rows, Rows], folder: Path, data: 
     stream = tasks(train, test, label)
     classes = [row["label"] for t in stream for part in (t.train, t.eval) for row in part.rows]
     model = models.load(str(folder_of_model()), labels=list(dict.fromkeys(classes)))
-    methods, settings = METHODS[label]
     started = time.monotonic()
     fitted = fit(
         model.model,
         stream,
         tokenizer=model.tokenizer,
         out=folder,
-        methods=[registry.build(name, given) for name, given in methods.items()],
-        trainer={**TRAINER, **settings},
+        methods=[registry.build(name, given) for name, given in METHODS[label].items()],
+        trainer=TRAINER,
         seed=seed,
         max_length=64,
         eval_batch_size=64,
@@ -180,7 +176,7 @@ def execute(label: str, seed: int, rows: tuple[Rows, Rows], folder: Path, data: 
         "R": R.round(4).tolist(),
         "probe": round(probe, 4),
         "seconds": round(seconds, 1),
-        "methods": methods,
+        "methods": METHODS[label],
         "provenance": fitted.folder.info.provenance,
     }
 

@@ -90,7 +90,7 @@ class Retrieval(Method):
         """Show the task's rows to the memory, and try it on a few of their questions."""
         if self.is_neutral():
             return
-        self._buffer.add(ctx.dataset, ctx.task, ctx.random("retrieval"))
+        self._buffer.add(ctx.dataset, ctx.task, ctx.random("retrieval"), folder=ctx.folder)
         self._task = None
         asked = questions(ctx, TRIED)
         added = [len(self.prompt(ctx, ids, len(ids) + self.tokens)) - len(ids) for ids in asked]
@@ -149,7 +149,7 @@ class Retrieval(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the rows back."""
-        self._buffer.restore(state)
+        self._buffer.restore(state, ctx.folder)
         self._forget()
 
     def declared_bytes(self, ctx: Context) -> int:

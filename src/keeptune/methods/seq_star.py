@@ -47,7 +47,7 @@ class SeqStar(Method):
 
     temperature: float = Field(0.05, gt=0, le=1, description="what cosines are divided by")
     rate: float = Field(
-        30.0, gt=0, le=1e4, description="how much faster the head's rows turn than length 1 would"
+        100.0, gt=0, le=1e4, description="how much faster the head's rows turn than length 1 would"
     )
 
     proof: ClassVar[str] = "cosine_batches"
