@@ -126,7 +126,8 @@ def test_switched_off_it_keeps_nothing() -> None:
     ctx = learned(method)
     assert method.is_neutral()
     assert method.prompt(ctx, [6, 7], 100) == [6, 7]
-    assert method.declared_bytes(ctx) == 0
+    assert len(method._buffer) == 0
+    assert method.evidence() == {}
 
 
 def test_a_classifier_is_refused() -> None:
