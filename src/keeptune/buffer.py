@@ -74,6 +74,10 @@ class Buffer:
         """The task that gave each of these rows."""
         return [self._names[number] for number in self._tasks[positions].tolist()]
 
+    def is_of(self, task: str) -> NDArray[np.bool_]:
+        """Whether each row is of a task, [rows]."""
+        return np.asarray(self._tasks == self._names.index(task))
+
     def tokens(self, positions: list[int]) -> int:
         """Tokens of these rows together."""
         return int(self._rows.lengths(np.asarray(positions, np.int64)).sum())

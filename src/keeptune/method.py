@@ -1,8 +1,8 @@
-"""The one abstraction: a method has seven verbs, each with one permitted effect.
+"""The one abstraction: a method has nine verbs, each with one permitted effect.
 
             for each task:  begin_task ─► data ─► [ forward ─► loss ─► backward ─► gradients ─►
                             step ─► after_step ]* ─► end_task
-            to answer:      serve
+            to answer:      [ route ─► ] serve ─► prompt
 
 `Chain` runs a list of methods as one. No method ever sees a trainer: what it may read is `Context`.
 """
@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,13 +29,15 @@ from pydantic import (
 from torch import Tensor, nn
 
 from keeptune.answers import Answers
-from keeptune.errors import MethodError, suggest
+from keeptune.errors import MethodError
 from keeptune.reading import find_head, positions, read
+from keeptune.refusals import sentence
 
 IGNORED = -100  # a label without loss, as everywhere in torch
 ADDED = "keeptune_added"  # a module of the model's own with weights that a method adds
 OPTIONS = "options"  # a column for methods, which no trainer sees: the rows of every choice
 Batch = dict[str, Tensor]
+Ids = list[int]
 Collate = Callable[[list[dict[str, Any]]], Batch]
 
 
@@ -186,8 +188,9 @@ class Method(BaseModel):
         neutral: The setting that equals plain fine-tuning bit for bit; empty if there is none.
         proof: The evidence that is above 0 when the method was active.
         active_from: The first task (from 0) on which it must have been active.
-        needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`), "answers"
-            (in `ctx.answers`, for terms that do without the logits of all answers at once).
+        needs: What must be there: "adapter" (a LoRA model), "classifier" (a sequence classifier),
+            "logits" (given to `loss`), "answers" (in `ctx.answers`, for terms that do without the
+            logits of all answers at once).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart",
             "freeze" (chooses which weights are trained in a task), "isolation" (answers of an
@@ -195,6 +198,8 @@ class Method(BaseModel):
         excludes: Traits that another method in the strategy must not have.
         keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
             order and adds none before its turn. A method without a `data` verb need not say so.
+        served: What can be exported: "one model" for all tasks, a model "per task", or nothing,
+            because answers come from "keeptune" and not from a model alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -206,6 +211,7 @@ class Method(BaseModel):
     traits: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
     keeps_order: ClassVar[bool] = False
+    served: ClassVar[Literal["one model", "per task", "keeptune"]] = "one model"
 
     _evidence: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -215,7 +221,7 @@ class Method(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            sentences = [_sentence(cls, dict(e)) for e in error.errors()]
+            sentences = [sentence(cls, dict(e)) for e in error.errors()]
             raise MethodError(" ".join(sentences)) from None
 
     @classmethod
@@ -235,7 +241,7 @@ class Method(BaseModel):
         """
         return False
 
-    # -- the seven verbs ----------------------------------------------------------------------
+    # -- the nine verbs -----------------------------------------------------------------------
 
     def begin_task(self, ctx: Context) -> None:
         """May change the model's structure or take snapshots."""
@@ -259,6 +265,14 @@ class Method(BaseModel):
 
     def serve(self, ctx: Context, task: str | None) -> None:
         """Sets the model up to answer for a task, or for an unknown one (None)."""
+
+    def route(self, ctx: Context, prompts: Sequence[Ids]) -> list[str] | None:
+        """Returns the task that each question of unknown task is served as; None leaves it open."""
+        return None
+
+    def prompt(self, ctx: Context, ids: Ids, room: int) -> Ids:
+        """Returns what a language model is asked in place of `ids`, in at most `room` tokens."""
+        return ids
 
     # -- what is kept and shown ---------------------------------------------------------------
 
@@ -287,28 +301,6 @@ def _rank_at_begin(method: Method) -> int:
 
 def _rank_at_end(method: Method) -> int:
     return 2 if "freeze" in method.traits else 1 if "isolation" in method.traits else 0
-
-
-def _sentence(cls: type[Method], error: dict[str, Any]) -> str:
-    """Turn one pydantic error into: name, got, allowed, what to do."""
-    # Beyond a setting's name, names in `loc` are pydantic's own for the branches of a union.
-    place = [str(p) for i, p in enumerate(error["loc"]) if i == 0 or isinstance(p, int)]
-    where = ".".join([cls.__name__, *place])
-    if error["type"] == "extra_forbidden":
-        names = list(cls.model_fields)
-        known = suggest(str(error["loc"][0]), names) if names else "It has no settings."
-        return f"{where} is not a setting. {known}"
-    if error["type"] == "missing":
-        return f"{where} must be given."
-    bound = error.get("ctx", {})
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    allowed = [f"{words[k]} {v}" for k, v in bound.items() if k in words]
-    rule = f"must be {allowed[0]}" if allowed else error["msg"][0].lower() + error["msg"][1:]
-    default = cls.model_fields[str(error["loc"][0])].default if error["loc"] else None
-    off = cls.neutral.get(str(error["loc"][0])) if error["loc"] else None
-    hint = f"Leave it out for the default, {default!r}"
-    hint += f", or use {off!r} for plain fine-tuning." if off is not None else "."
-    return f"{where}: {rule}, got {error['input']!r}. {hint}"
 
 
 class Chain:
@@ -400,3 +392,14 @@ class Chain:
         """Set the model up to answer."""
         for method in self.methods:
             method.serve(ctx, task)
+
+    def route(self, ctx: Context, prompts: Sequence[Ids]) -> list[str] | None:
+        """What the first method that has an answer says."""
+        answers = (method.route(ctx, prompts) for method in self.methods)
+        return next((answer for answer in answers if answer is not None), None)
+
+    def prompt(self, ctx: Context, ids: Ids, room: int) -> Ids:
+        """Pipe a question through every method."""
+        for method in self.methods:
+            ids = method.prompt(ctx, ids, room)
+        return ids

@@ -22,7 +22,7 @@ Status: contract tested
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -55,6 +55,7 @@ class PackNet(Method):
     active_from: ClassVar[int] = 0
     traits: ClassVar[frozenset[str]] = frozenset({"isolation"})
     excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "restart", "structure"})
+    served: ClassVar[Literal["one model", "per task", "keeptune"]] = "per task"
 
     _owned: Owned = PrivateAttr(default_factory=Owned)
     _owners: dict[str, int] = PrivateAttr(default_factory=dict)
