@@ -73,8 +73,8 @@ class LogitMean(Method):
         return 0.5 * ctx.mean_over_answers(squares)
 
 
-class MoreCrossEntropy(Method):
-    """A known term, through `ctx.answers`: half of the cross-entropy once more."""
+class OtherLabels(Method):
+    """A known term, through `ctx.answers`: half of the cross-entropy of labels that are wrong."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"answers"})
     is_read: ClassVar[list[bool]] = []
@@ -82,7 +82,12 @@ class MoreCrossEntropy(Method):
     def loss(self, ctx: Context, batch: Any, outputs: Any) -> None:
         assert ctx.answers is not None
         self.is_read.append(ctx.answers.head is not None)
-        ctx.answers.add(CrossEntropy(ctx.answer_labels(batch)), 0.5 / ctx.answers_in_step)
+        wrong = wrong_labels(ctx.answer_labels(batch))
+        ctx.answers.add(CrossEntropy(wrong), 0.5 / ctx.answers_in_step)
+
+
+def wrong_labels(labels: Tensor) -> Tensor:
+    return (labels + 1) % pico.VOCAB
 
 
 def flat(model: torch.nn.Module) -> Tensor:
@@ -99,7 +104,8 @@ def by_hand(*, pull: float = 0.0, term: float = 0.0, more: float = 0.0) -> Tenso
         ids, labels = torch.tensor(chosen["input_ids"]), torch.tensor(chosen["labels"])
         logits = model(input_ids=ids).logits[:, :-1]
         keep = labels[:, 1:] != -100
-        loss = (1 + more) * F.cross_entropy(logits[keep], labels[:, 1:][keep])
+        loss = F.cross_entropy(logits[keep], labels[:, 1:][keep])
+        loss = loss + more * F.cross_entropy(logits[keep], wrong_labels(labels[:, 1:][keep]))
         loss = loss + term * logits[keep].square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -148,13 +154,13 @@ def test_a_term_on_answers_and_the_loss_are_one_pass(
     tmp_path: Any, cut: int, beside_logits: bool
 ) -> None:
     more = {"per_device_train_batch_size": BATCH // cut, "gradient_accumulation_steps": cut}
-    MoreCrossEntropy.is_read.clear()
-    methods: list[Method] = [MoreCrossEntropy()]
+    OtherLabels.is_read.clear()
+    methods: list[Method] = [OtherLabels()]
     if beside_logits:  # then from the same logits, beside the model's own loss
         methods.append(LogitMean())
     got = by_seams(tmp_path, methods, **more)
     assert same(got, by_hand(more=0.5, term=0.5 * beside_logits))
-    assert set(MoreCrossEntropy.is_read) == {not beside_logits}
+    assert set(OtherLabels.is_read) == {not beside_logits}
 
 
 def test_label_smoothing_and_eaft_compose_with_distillation(tmp_path: Any) -> None:
