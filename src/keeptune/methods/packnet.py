@@ -7,7 +7,7 @@ Equation: for task t: train the weights that no task owns; of these set in each 
     its owner, and serve(k) sets w_ij to 0 where owner_ij > k
 Changes: begin_task, gradients, after_step, end_task, serve
 Cost: one byte for each weight; while a task after the first is learned, two and a copy of the
-    weights. Every gradient is masked, at about 0.01 of a step; weights are put back after those
+    weights. Every gradient is masked, at about 0.02 of a step; weights are put back after those
     steps that moved them: after pruning, with weight decay, or beside methods that edit weights.
 Use when: the task is known when the model answers, its answers must never change by one bit, and
     the number of tasks is small: each takes 1 − prune of what is left.
