@@ -33,7 +33,8 @@ from keeptune.methods._slow import Slow
 from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.freeze import Freeze
-from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods._writing.before import softened_kl
+from keeptune.methods.lwf import LwF
 from keeptune.methods.olora import OLoRA, overlap_gradient
 from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
