@@ -176,7 +176,7 @@ def test_a_clash_names_both_and_says_what_to_do(one: Method, other: Method, why:
 
 
 def test_needs_of_a_method_that_is_off_do_not_count() -> None:
-    assert Chain([LwF(), EWC()]).needs == {"logits"}
+    assert Chain([LwF(), EWC()]).needs == {"answers"}
     assert Chain([LwF(strength=0), EWC()]).needs == frozenset()
 
 
