@@ -34,10 +34,6 @@ from keeptune.methods._writing.before import softened_kl
 from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.freeze import Freeze
-<<<<<<< HEAD
-=======
-from keeptune.methods._writing.before import softened_kl
->>>>>>> serve
 from keeptune.methods.lwf import LwF
 from keeptune.methods.olora import OLoRA, overlap_gradient
 from keeptune.methods.osf import OSF
