@@ -62,8 +62,8 @@ def _bypassed(head: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor, Tensor | N
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
         seen.append((hidden, head.weight, head.bias))
-        # On the CPU, where looking at what became of it waits for no other device.
-        return _PROBE.expand(*hidden.shape[:-1], len(_PROBE)).clone()
+        found: Tensor = _Stand.apply(hidden, head.weight, head.bias)  # type: ignore[no-untyped-call]
+        return found
 
     head.__dict__["forward"] = forward
     try:
@@ -72,11 +72,27 @@ def _bypassed(head: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor, Tensor | N
         del head.__dict__["forward"]
 
 
+class _Stand(torch.autograd.Function):
+    """What the head puts out in place of logits, tied to what they would depend on.
+
+    DDP looks from a forward's outputs for the weights that it has to wait for in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # On the CPU, where looking at what became of it waits for no other device.
+        return _PROBE.expand(*hidden.shape[:-1], len(_PROBE)).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None, None
+
+
 def _change(probe: Tensor) -> tuple[float, float]:
     """(scale, cap) by which the output of a head became logits; NaN where it is something else."""
     if probe.shape[-1:] != _PROBE.shape or not probe.numel():
         return math.nan, math.nan
-    got = probe.reshape(-1, len(_PROBE))[0].double()
+    got = probe.detach().reshape(-1, len(_PROBE))[0].double()
     scale = float(got[0] / _PROBE[0])
     linear = _PROBE * scale
     if torch.allclose(got, linear, rtol=1e-5):

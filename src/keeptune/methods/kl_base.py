@@ -5,7 +5,7 @@ Paper: Shenfeld, Pari, Agrawal 2025, RL's razor: why online reinforcement learni
     2022, https://arxiv.org/abs/2203.02155
 Equation: L(w) + strength · T² · mean over answers of KL(p_base ‖ p_w), or reverse: of KL(p_w ‖
     p_base), both softened by T; over the batch, or over `rows` texts drawn anew at each step
-Changes: loss or gradients
+Changes: data, loss or gradients
 Cost: one extra forward per batch; with `texts` one forward and one backward over `rows` texts at
     each step. Under LoRA the base model is the model with its adapter switched off: no memory. With
     all weights trained, a copy of the base weights for good; but forward with `texts` records the
@@ -26,7 +26,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from datasets import Dataset
 from pydantic import Field, PrivateAttr
 from torch import Tensor
@@ -34,7 +33,8 @@ from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
-from keeptune.methods._distil import Frozen, Store, Teacher, TopK, read_texts, without_adapter
+from keeptune.methods._distil import Frozen, Store, Sums, Teacher, TopK, read_texts
+from keeptune.methods._distil.teachers import without_adapter
 from keeptune.methods._reference import add_gradient
 
 
@@ -59,7 +59,7 @@ class KLBase(Method):
     _base: Frozen = PrivateAttr(default_factory=lambda: Frozen({}))
     _store: Store = PrivateAttr(default_factory=Store)
     _texts: list[dict[str, Any]] = PrivateAttr(default_factory=list)
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    _sums: Sums = PrivateAttr(default_factory=lambda: Sums(3))
 
     def begin_task(self, ctx: Context) -> None:
         """Read the texts.
@@ -67,7 +67,7 @@ class KLBase(Method):
         Raises:
             MethodError: The weights are spread over processes, or there are no texts.
         """
-        self._sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)
+        self._sums = Sums(3, ctx.device)
         if not self.strength:
             return
         if any(isinstance(p, DTensor) for p in ctx.trainable().values()):
@@ -96,7 +96,7 @@ class KLBase(Method):
             assert ctx.answers is not None
             weight = self.strength / ctx.answers_in_step
             ctx.answers.add(self._term(ctx, batch), weight, self._note)
-            self._sums[2] += len(batch["labels"])
+            self._sums.add(2, len(batch["labels"]))
         return None
 
     def gradients(self, ctx: Context) -> None:
@@ -110,7 +110,7 @@ class KLBase(Method):
         def mean(part: Batch) -> Tensor:
             answers = ctx.read(part)
             answers.add(self._term(ctx, part), self.strength / total, self._note)
-            self._sums[2] += len(part["labels"])
+            self._sums.add(2, len(part["labels"]))
             value = answers.total()
             assert value is not None
             return value
@@ -125,13 +125,16 @@ class KLBase(Method):
         return Teacher(base(ctx, batch), self.temperature, self.direction == "reverse")
 
     def _note(self, kl: Tensor) -> None:
-        # Kept as running sums so that nothing waits for the device at each step.
-        self._sums[0] += kl.sum()
-        self._sums[1] += kl.numel()
+        self._sums.add(0, kl.sum())
+        self._sums.add(1, kl.numel())
+
+    def end_task(self, ctx: Context) -> None:
+        """Count over all processes."""
+        self._sums.total()
 
     def evidence(self) -> dict[str, Any]:
         """Mean of the term over all answers that were held, in nats."""
-        total, answers, rows = self._sums.tolist()
+        total, answers, rows = self._sums.values()
         return {
             "kl": total / max(answers, 1),
             "answers": int(answers),
@@ -142,11 +145,11 @@ class KLBase(Method):
         """What is kept of the base model."""
         tensors = {f"base/{n}": t for n, t in self._base.weights.items()}
         tensors |= {f"store/{n}": t for n, t in self._store.tensors().items()}
-        return State(tensors | {"sums": self._sums})
+        return State(tensors | {"sums": self._sums.total()})
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take it back."""
-        self._sums = state.tensors["sums"].to(ctx.device)
+        self._sums = Sums.of(state.tensors["sums"], ctx.device)
         base = state.part("base").tensors
         self._base = Frozen({n: t.to(ctx.device) for n, t in base.items()})
         self._store = Store.from_tensors(state.part("store").tensors)

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
-from keeptune.methods._distil import Frozen, Store, Teacher, TopK
+from keeptune.methods._distil import Frozen, Store, Sums, Teacher, TopK
 
 
 class LwF(Method):
@@ -52,7 +52,8 @@ class LwF(Method):
     _teacher: Frozen = PrivateAttr(default_factory=lambda: Frozen({}))
     _teacher_of: int = PrivateAttr(-1)
     _store: Store = PrivateAttr(default_factory=Store)
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    _recorded: int = PrivateAttr(0)
+    _sums: Sums = PrivateAttr(default_factory=lambda: Sums(3))
 
     def begin_task(self, ctx: Context) -> None:
         """Refuse sharded weights: FSDP would run the student in the teacher's place.
@@ -66,7 +67,7 @@ class LwF(Method):
                 "The method 'lwf' cannot run the model with old weights while FSDP spreads them "
                 "over processes. Use `targets: recorded`, or train with DDP (leave `fsdp` out)."
             )
-        self._sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)
+        self._sums = Sums(3, ctx.device)
 
     def data(self, ctx: Context, dataset: Dataset) -> Dataset:
         """Record what the model says to the task's own rows before it learns them.
@@ -75,6 +76,7 @@ class LwF(Method):
         """
         if self.strength and self.targets == "recorded" and not len(self._store):
             self._store = Store.of(ctx, ctx.dataset, self.top_k, self.temperature)
+        self._recorded = len(self._store)
         return dataset
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
@@ -90,9 +92,8 @@ class LwF(Method):
             self._look_back(ctx)
             term = Teacher(self._teacher.answers(ctx, batch), self.temperature)
             known = torch.ones(len(ctx.answers), dtype=torch.bool, device=ctx.device)
-            self._sums[2] += len(batch["labels"])
-        # Kept as running sums so that nothing waits for the device at each step.
-        self._sums[1] += known.sum()
+            self._sums.add(2, len(batch["labels"]))
+        self._sums.add(1, known.sum())
         ctx.answers.add(term, known * (self.strength / ctx.answers_in_step), self._note)
         return None
 
@@ -103,32 +104,34 @@ class LwF(Method):
             self._teacher_of = ctx.index
 
     def _note(self, kl: Tensor) -> None:
-        self._sums[0] += kl.sum()
+        self._sums.add(0, kl.sum())
 
     def evidence(self) -> dict[str, Any]:
         """Mean of the term over all answers that have old ones, in nats; rows that were kept."""
-        total, answers, rows = self._sums.tolist()
+        total, answers, rows = self._sums.values()
         return {
             "kl": total / max(answers, 1),
             "answers": int(answers),
-            "extra_forward_rows": int(rows) + len(self._store),
+            "extra_forward_rows": int(rows) + self._recorded,
         }
 
     def state(self) -> State:
         """What the model was before the present task; not needed once the task has ended."""
         tensors = {f"teacher/{n}": t for n, t in self._teacher.weights.items()}
         tensors |= {f"store/{n}": t for n, t in self._store.tensors().items()}
-        return State(tensors | {"sums": self._sums}, {"teacher_of": self._teacher_of})
+        values = {"teacher_of": self._teacher_of, "recorded": self._recorded}
+        return State(tensors | {"sums": self._sums.total()}, values)
 
     def end_task(self, ctx: Context) -> None:
         """Drop it; what was counted stays."""
-        self._sums[2] += len(self._store)
+        self._sums.total()
         self._teacher, self._store, self._teacher_of = Frozen({}), Store(), -1
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take it back."""
         self._teacher_of = int(state.values["teacher_of"])
-        self._sums = state.tensors["sums"].to(ctx.device)
+        self._recorded = int(state.values["recorded"])
+        self._sums = Sums.of(state.tensors["sums"], ctx.device)
         teacher = state.part("teacher").tensors
         self._teacher = Frozen({n: t.to(ctx.device) for n, t in teacher.items()})
         self._store = Store.from_tensors(state.part("store").tensors)

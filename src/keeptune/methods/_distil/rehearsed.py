@@ -18,6 +18,7 @@ from keeptune.head_pass import CrossEntropy
 from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._distil.recorded import Recorded, answers_of, batches, record_rows
+from keeptune.methods._distil.sums import Sums
 from keeptune.methods._reference import add_gradient
 
 DRAWN = "drawn"  # a column for which rows of a draw there are
@@ -40,7 +41,7 @@ class Rehearsed(Method):
     traits: ClassVar[frozenset[str]] = frozenset({"buffer"})
 
     _buffer: Buffer = PrivateAttr()
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    _sums: Sums = PrivateAttr(default_factory=lambda: Sums(2))
 
     def model_post_init(self, context: Any, /) -> None:
         """Start with an empty buffer."""
@@ -61,7 +62,7 @@ class Rehearsed(Method):
         Raises:
             MethodError: The weights are spread over processes.
         """
-        self._sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+        self._sums = Sums(2, ctx.device)
         sharded = any(isinstance(p, DTensor) for p in ctx.trainable().values())
         if not self.is_neutral() and sharded:
             raise MethodError(
@@ -127,13 +128,12 @@ class Rehearsed(Method):
         return total + squares
 
     def _note(self, values: Tensor, answers: int) -> None:
-        # Kept as running sums so that nothing waits for the device at each step.
-        self._sums[0] += values.sum()
-        self._sums[1] += answers
+        self._sums.add(0, values.sum())
+        self._sums.add(1, answers)
 
     def evidence(self) -> dict[str, Any]:
         """Rows replayed, how far their answers are from the recorded ones, and what is kept."""
-        total, answers = self._sums.tolist()
+        total, answers = self._sums.values()
         replayed = self._evidence.get("rows_replayed", 0)
         return {
             "rows_replayed": replayed,
@@ -146,6 +146,7 @@ class Rehearsed(Method):
 
     def end_task(self, ctx: Context) -> None:
         """Keep rows of the task, with what the model says to them now."""
+        self._sums.total()
         if self.is_neutral():
             return
 
@@ -163,12 +164,12 @@ class Rehearsed(Method):
         """The buffer and what was counted."""
         own = self._buffer.state()
         values = {"rows_replayed": self._evidence.get("rows_replayed", 0)}
-        return State(own.tensors | {"sums": self._sums}, own.values | values, own.files)
+        return State(own.tensors | {"sums": self._sums.total()}, own.values | values, own.files)
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the buffer back."""
         self._buffer.restore(state, ctx.folder)
-        self._sums = state.tensors["sums"].to(ctx.device)
+        self._sums = Sums.of(state.tensors["sums"], ctx.device)
         self._evidence["rows_replayed"] = state.values["rows_replayed"]
 
     def declared_bytes(self, ctx: Context) -> int:
