@@ -84,6 +84,7 @@ def test_the_head_that_is_served_has_the_same_order_of_classes(bert: bool) -> No
         method.end_task(ctx)
         assert torch.equal(logits(model).argsort(-1), trained.argsort(-1))
     torch.testing.assert_close(head(model).weight.norm(dim=-1), torch.full((6,), 1 / 100))
+    assert all(p.requires_grad for p in model.parameters())
     if bert:
         assert not head(model).bias.any()
 

@@ -53,11 +53,13 @@ class SeqStar(Method):
     proof: ClassVar[str] = "cosine_batches"
     active_from: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"classifier"})
+    traits: ClassVar[frozenset[str]] = frozenset({"freeze"})
     excludes: ClassVar[frozenset[str]] = frozenset({"restart", "structure"})
 
     _old: list[int] = PrivateAttr(default_factory=list)  # classes of earlier tasks
     _new: list[int] = PrivateAttr(default_factory=list)  # those of this task
     _rows: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0))  # of the old classes
+    _still: list[str] = PrivateAttr(default_factory=list)  # weights that this task leaves alone
     _hook: RemovableHandle | None = PrivateAttr(None)
 
     @torch.no_grad()
@@ -78,12 +80,16 @@ class SeqStar(Method):
             )
         if head.bias is not None:
             head.bias.zero_()
-            head.bias.requires_grad_(False)
         if ctx.index == 0:
             head.weight.copy_(self._short(head.weight))
-        else:
-            for parameter in ctx.trainable().values():
-                parameter.requires_grad_(parameter is head.weight)
+        trained = ctx.trainable()
+        self._still = [
+            name
+            for name, weight in trained.items()
+            if weight is head.bias or (ctx.index and weight is not head.weight)
+        ]
+        for name in self._still:
+            trained[name].requires_grad_(False)
         self._rows = head.weight[self._old].clone()
         self._hook = head.register_forward_hook(self._cosines)
 
@@ -128,9 +134,12 @@ class SeqStar(Method):
         weight[learned] = self._short(weight[learned])
         if self._hook is not None:
             self._hook.remove()
-        frozen = sum(p.numel() for p in ctx.model.parameters() if not p.requires_grad)
+        weights = dict(ctx.model.named_parameters())
+        still = [weights[name].requires_grad_(True) for name in self._still]
         self._evidence.update(
-            classes_new=len(self._new), classes_held=len(self._old), weights_frozen=frozen
+            classes_new=len(self._new),
+            classes_held=len(self._old),
+            weights_frozen=sum(weight.numel() for weight in still),
         )
 
     def state(self) -> State:
