@@ -8,7 +8,7 @@ Equation: L(w; B_t) + CE(w; B_M) + strength · mean (h(B_M; w) − h(B_M; s))²,
 Changes: gradients, after_step, end_task, serve
 Cost: one copy of the trained weights in float32 (adapters only, under LoRA), a second one while the
     model answers, and `size` rows; in each step a forward and backward of the fast weights and a
-    forward of the slow ones on `rows` old rows, together 1.5 of a step's time for as many rows.
+    forward of the slow ones on `rows` old rows, together 1.6 of a step's time for as many rows.
 Use when: some old rows may be kept, and a little time is to be had for more than replay alone.
 Not when: no old rows may be kept (ema), or tasks are shorter than about 1 / (1 − decay) steps.
 Differs from the paper: a row is chosen for the buffer when its task ends, not as it is trained on.
