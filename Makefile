@@ -26,6 +26,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/anchor.py
 	$(BIN)/python benchmarks/buffer.py
 	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/freeze.py
+	$(BIN)/python benchmarks/lowrank.py
 
 # torch first and by its exact version: an open range would fetch gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml constraints.txt
