@@ -217,6 +217,7 @@ class _Pass(torch.autograd.Function):
                 own.addmm_(gradient.T, values[span])
             elif own is not None:
                 own += gradient.T @ values[span]
+            del logits, gradient  # or the next chunk's would be there beside this one's
         ctx.found = [room, own, of_b]
         ctx.types = [None if t is None else t.dtype for t in (values, weight, bias)]
         pairs = zip(work.values, work.terms, strict=True)
