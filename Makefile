@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	@sh tests/chromium.sh
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -24,7 +24,10 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/anchor.py
+	$(BIN)/python benchmarks/buffer.py
 	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/freeze.py
+	$(BIN)/python benchmarks/lowrank.py
 
 # torch first and by its exact version: an open range would fetch gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml constraints.txt

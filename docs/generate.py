@@ -21,7 +21,7 @@ from keeptune import checks, folder, guards, metrics, recipe, recipe_parts, regi
 from keeptune.cards import card
 from keeptune.cli import app
 from keeptune.method import Method
-from keeptune.terminal import method_settings
+from keeptune.terminal import export_text, method_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Written by docs/generate.py from the code; do not edit. -->\n\n"
@@ -67,6 +67,7 @@ def method_page(cls: type[Method]) -> str:
     parts = [shown.title + "\n"]
     for key, value in shown.fields.items():
         parts.append(f"**{key}**: " + (f"`{value}`" if key == "Equation" else linked(value)) + "\n")
+    parts.append(f"**Export**: {export_text(cls)}\n")
     settings = [(f"`{n}`", f"`{d}`", a, m) for n, d, a, m in method_settings(cls)]
     parts.append("## Settings\n")
     if settings:

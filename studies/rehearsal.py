@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "pseudo and chats": {"pseudo_replay": {"ratio": 0.2, **CHATS}},
     "pseudo and chats, distilled": {"pseudo_replay": {"ratio": 0.2, "distil": 1.0, **CHATS}},
     **{f"replay {ratio:g}": {"replay": {"ratio": ratio}} for ratio in RATIOS},
-    "der_pp": {"der_pp": {"ratio": 0.2}},
+    "der_pp": {"der_pp": {"rows": 2}},
     "lwf": {"lwf": {}},
     "kl_base": {"kl_base": {}},
 }

@@ -20,3 +20,9 @@ def pytest_collection_finish() -> None:
     # Accelerate collects garbage after every training; looking through all imported modules each
     # time would be nine tenths of a tiny run.
     gc.freeze()
+
+
+def pytest_runtest_teardown() -> None:
+    # Nor is what the test imported and what stays in caches to be looked through again.
+    gc.collect()
+    gc.freeze()

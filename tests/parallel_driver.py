@@ -33,14 +33,22 @@ from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
 from keeptune.methods.agem import AGEM
 from keeptune.methods.der_pp import DERpp
+from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC
 from keeptune.methods.feature_replay import FeatureReplay
+from keeptune.methods.freeze import Freeze
 from keeptune.methods.gem import GEM
+from keeptune.methods.half import Half
 from keeptune.methods.hierarchical import Hierarchical
+from keeptune.methods.ilora import ILoRA
 from keeptune.methods.kl_base import KLBase
 from keeptune.methods.l2sp import L2SP
 from keeptune.methods.lwf import LwF
 from keeptune.methods.mas import MAS
+from keeptune.methods.merge import Merge
+from keeptune.methods.olora import OLoRA
+from keeptune.methods.osf import OSF
+from keeptune.methods.packnet import PackNet
 from keeptune.methods.pseudo_replay import PseudoReplay
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
@@ -162,6 +170,10 @@ CASES = {
     "spring, LoRA": Case(lambda: [Spring()], lora=True),
     "smooth + replay": Case(lambda: [Smooth(), Replay()]),
     "task_lora": Case(lambda: [TaskLoRA()], lora=True, places=("ddp",)),
+    "half": Case(lambda: [Half()], places=WHOLE),
+    "freeze, cached": Case(lambda: [Freeze(cache=True)], places=("accumulated", "ddp")),
+    # In bf16 other weights are the smallest, and pruned.
+    "packnet": Case(lambda: [PackNet()], places=("accumulated", "ddp")),
     "l2sp": Case(lambda: [L2SP(strength=1.0)]),
     "ewc": Case(lambda: [EWC(strength=100.0, examples=6)]),
     "ewc, proximal": Case(lambda: [EWC(strength=1000.0, examples=6, proximal=True)]),
@@ -195,6 +207,24 @@ CASES = {
     "gem, LoRA": Case(
         lambda: [GEM(rows=5)], lora=True, places=("accumulated", "checkpointed", "ddp")
     ),
+    # The slow weights are trained only from the second task on, if it starts from them.
+    "ema": Case(lambda: [EMA(decay=0.5, start="slow")]),
+    "ilora, LoRA": Case(
+        lambda: [ILoRA(rows=5, decay=0.5)], lora=True, places=("accumulated", "checkpointed", "ddp")
+    ),
+    "olora": Case(lambda: [OLoRA(strength=0.01)], lora=True, places=("accumulated", "ddp")),
+    "osf": Case(lambda: [OSF()], places=WHOLE),
+    "merge": Case(lambda: [Merge(form="slerp")], places=WHOLE),
+}
+
+
+# What FSDP cannot do, and how the refusal begins.
+REFUSED = {
+    "task_lora": "The methods task_lora add weights to a model that FSDP",
+    "pseudo_replay": "'pseudo_replay' cannot let the model write while FSDP",
+    "half": "The method 'half' cannot choose what is trained while FSDP",
+    "freeze, cached": "The method 'freeze' cannot choose",
+    "packnet": "The method 'packnet' cannot choose",
 }
 
 
@@ -314,7 +344,7 @@ def main(rank: int, meeting: str, folder: Path) -> None:
     for place in ("ddp", "fsdp"):
         found = run_with_a_break(CASES["spring"], PLACES[place], folder / place)
         save_file(found, folder / f"break.{place}.{rank}.safetensors")
-    for name in ("task_lora", "pseudo_replay"):
+    for name in REFUSED:
         try:
             run(CASES[name], PLACES["fsdp"], folder)
         except MethodError as error:

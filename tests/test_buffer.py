@@ -70,6 +70,21 @@ def test_every_row_is_kept_with_the_same_chance() -> None:
     assert unevenness(np.random.default_rng) < LIMIT
 
 
+def test_deleting_leaves_all_others_their_chance() -> None:
+    tries, counts = 3000, np.zeros(7)
+    for trial in range(tries):
+        places, seen = np.empty(0, np.int64), 0
+        for index, new in enumerate((2, 2, 3)):
+            order = reservoir(len(places), new, seen, 2, np.random.default_rng([trial, index]))
+            places = np.concatenate([places, seen + np.arange(new)])[order]
+            seen += new
+            places = places[places != 1]
+        counts[places] += 1
+    assert counts[1] == 0
+    others = np.delete(counts, 1) - tries * 2 / 7
+    assert (others**2).sum() / (tries * 2 / 7 * 5 / 7) < 22.5  # P = 0.001, 6 degrees of freedom
+
+
 def test_one_place_too_few_would_be_seen() -> None:
     class OffByOne:
         def __init__(self, seed: list[int]) -> None:
@@ -373,7 +388,7 @@ def test_tokens_are_reached_by_as_few_rows_as_can_be() -> None:
 
 
 def test_a_few_of_very_many_are_drawn_without_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keeptune.buffer.SHUFFLED", 20)
+    monkeypatch.setattr("keeptune.places.SHUFFLED", 20)
     buffer = filled(Buffer(None), 30)
     drawn = buffer.draw(12, np.random.default_rng(0))
     assert len(set(drawn)) == 12

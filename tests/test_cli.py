@@ -326,6 +326,22 @@ def test_learn_is_continued_by_the_same_command(called: Called, keeptune: Call) 
     assert err.endswith("keeptune learn runs/a b.csv --name 'week 2' --eval c.csv\n")
 
 
+def test_export_says_what_it_wrote(monkeypatch: pytest.MonkeyPatch, keeptune: Call) -> None:
+    from keeptune import export
+
+    asked: list[Any] = []
+
+    def write(path: Path, out: Path, **more: Any) -> export.Exported:
+        asked.append((path, out, more))
+        return export.Exported(out, "model", is_merged=True)
+
+    monkeypatch.setattr(export, "export", write)
+    code, out, _ = keeptune("export", "runs/a", "out", "--task", "sql", "--merged")
+    assert code == 0
+    assert asked == [(Path("runs/a"), Path("out"), {"task": "sql", "merged": True})]
+    assert out == "Export: out, a whole model (its adapter merged in)\n"
+
+
 def test_report_of_one_and_of_several(called: Called, keeptune: Call) -> None:
     assert keeptune("report", "runs/a") == (0, "Report: runs/a/report.html\n", "")
     assert keeptune("report", "a", "b", "--out", "x.html") == (0, "Report: x.html\n", "")

@@ -110,6 +110,11 @@ def stand_in(model: str, *, labels: Any = (), **rest: Any) -> Loaded:
     )
 
 
+def from_folder_or(make: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    """What loads a folder that is there, and a tiny stand-in for any other name."""
+    return lambda name, *a, **k: real(name, *a, **k) if Path(name).is_dir() else make()
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the data that the pages name; every model in it is a tiny one."""
@@ -137,7 +142,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (transformers.AutoModelForCausalLM, lambda *a, **k: pico.causal_lm()),
         (transformers.AutoTokenizer, lambda *a, **k: pico.tokenizer(chat=True)),
     ):
-        monkeypatch.setattr(cls, "from_pretrained", make)
+        monkeypatch.setattr(cls, "from_pretrained", from_folder_or(make, cls.from_pretrained))
     yield tmp_path
     sys.modules.pop("by_hand", None)
 

@@ -360,3 +360,34 @@ def test_greedy_match_needs_no_end_of_the_answer_and_shows_where_it_went_wrong(
     scored = score_rows(pico.causal_lm(), tokenizer, rows, "greedy_match")
     assert [e.score for e in scored] == [1.0, 0.0]
     assert [e.answer for e in scored] == ["ab", "x …"]
+
+
+@pytest.mark.parametrize("score", ["exact_match", "greedy_match", "perplexity"])
+def test_what_is_put_before_a_question_is_as_if_it_had_been_asked(score: str) -> None:
+    model, tokenizer = pico.causal_lm(), pico.tokenizer()
+    before = tokenizer.encode("see: ", add_special_tokens=False)
+    longer = [row | {"prompt": "see: " + row["prompt"]} for row in PAIRS]
+    wanted = score_rows(model, tokenizer, read_rows(longer), score)
+    got = score_rows(
+        model, tokenizer, read_rows(PAIRS), score, prompt=lambda ids, room: [*before, *ids]
+    )
+    assert [(e.answer, e.score) for e in got] == [(e.answer, e.score) for e in wanted]
+    assert [e.prompt for e in got] == [row["prompt"] for row in PAIRS]
+
+
+def test_options_are_ranked_after_what_is_put_before_their_question() -> None:
+    model, tokenizer = pico.causal_lm(), pico.tokenizer()
+    before = tokenizer.encode("see: ", add_special_tokens=False)
+    longer = [row | {"prompt": "see: " + row["prompt"]} for row in CHOICES]
+    wanted = score_rows(model, tokenizer, read_rows(longer), "choice")
+    plain = read_rows(CHOICES)
+    got = score_rows(model, tokenizer, plain, "choice", prompt=lambda ids, room: [*before, *ids])
+    assert [e.answer for e in got] == [e.answer for e in wanted]
+
+
+def test_text_has_no_question_to_put_anything_before() -> None:
+    model, tokenizer = pico.causal_lm(), pico.tokenizer()
+    rows = read_rows(TEXTS)
+    wanted = score_rows(model, tokenizer, rows, "perplexity")
+    got = score_rows(model, tokenizer, rows, "perplexity", prompt=lambda ids, room: [7, *ids])
+    assert [e.score for e in got] == [e.score for e in wanted]

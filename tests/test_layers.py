@@ -21,7 +21,7 @@ LIGHT = (
     "metrics", "checks", "report", "cli", "terminal",
 )  # fmt: skip
 METHODS_MAY = {
-    "__future__", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
+    "__future__", "bm25s", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
     "keeptune.answers", "keeptune.head_pass", "keeptune.methods._distil", "keeptune.places",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
@@ -30,6 +30,7 @@ METHODS_MAY = {
     "keeptune.methods._isolate",
     "keeptune.methods._slow", "keeptune.methods._adapters", "keeptune.methods._stack",
     "keeptune.methods._subspace", "keeptune.methods._factors",
+    "keeptune.methods._questions",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")
 

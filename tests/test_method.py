@@ -99,6 +99,33 @@ def test_every_verb_runs_in_the_order_written(ctx: Context) -> None:
     assert Writes.log == [f"{tag}.{verb}" for verb in verbs for tag in "ba"]
 
 
+class Adds(Second):
+    traits: ClassVar[frozenset[str]] = frozenset({"structure"})
+
+
+class Chooses(Third):
+    traits: ClassVar[frozenset[str]] = frozenset({"freeze"})
+
+
+class Isolates(Writes):
+    tag: str = "d"
+    traits: ClassVar[frozenset[str]] = frozenset({"isolation"})
+
+    @classmethod
+    def name(cls) -> str:
+        return "fourth"
+
+
+def test_what_adds_and_freezes_begins_first_and_what_isolates_has_the_last_word(
+    ctx: Context,
+) -> None:
+    chain = Chain([Isolates(), Writes(), Chooses(), Adds()])
+    for verb in (chain.begin_task, chain.gradients, chain.after_step, chain.end_task):
+        verb(ctx)
+    order = {"begin_task": "bcda", "gradients": "abdc", "after_step": "abdc", "end_task": "abdc"}
+    assert Writes.log == [f"{tag}.{verb}" for verb, tags in order.items() for tag in tags]
+
+
 def test_rows_are_piped_and_terms_add(ctx: Context) -> None:
     chain = Chain([Writes(), Second(), Third()])
     assert len(chain.data(ctx, ctx.dataset)) == 3
@@ -149,7 +176,7 @@ def test_a_clash_names_both_and_says_what_to_do(one: Method, other: Method, why:
 
 
 def test_needs_of_a_method_that_is_off_do_not_count() -> None:
-    assert Chain([LwF(), EWC()]).needs == {"logits"}
+    assert Chain([LwF(), EWC()]).needs == {"answers"}
     assert Chain([LwF(strength=0), EWC()]).needs == frozenset()
 
 

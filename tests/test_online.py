@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from threading import Event
@@ -277,7 +278,8 @@ def test_a_run_that_was_stopped_inside_a_stream_ends_as_one_that_was_not(tmp_pat
         trainer, stop = text_trainer(Replay(ratio=1.0, size=6)), Event()
         trainer.learn("t0", TASKS[0])
         weights = {n: t.clone() for n, t in trainer.model.state_dict().items()}
-        kept = trainer.strategy.methods[0].state()
+        # A copy: the buffer goes on in its own arrays.
+        kept = copy.deepcopy(trainer.strategy.methods[0].state())
         if stop_at is None:
             trainer.learn("t1", TASKS[1])
             return dict(trainer.model.state_dict())

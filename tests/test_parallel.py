@@ -19,7 +19,7 @@ from transformers import Trainer
 
 import parallel_driver as driver
 from keeptune.errors import MethodError
-from parallel_driver import CASES, PLACES, PROCESSES, Tensors
+from parallel_driver import CASES, PLACES, PROCESSES, REFUSED, Tensors
 
 PATIENCE = 180  # seconds, for two processes on a busy machine
 PAIRS = [(name, place) for name, case in CASES.items() for place in case.places]
@@ -114,16 +114,10 @@ def test_a_break_in_the_middle_of_a_task_changes_no_bit(place: str, folder: Path
             assert torch.equal(tensor, without[key]), key
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("task_lora", "task_lora add weights to a model that FSDP"),
-        ("pseudo_replay", "'pseudo_replay' cannot let the model write while FSDP"),
-    ],
-)
-def test_what_sharded_weights_do_not_allow_is_refused(name: str, words: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_sharded_weights_cannot_do_is_refused(name: str, folder: Path) -> None:
     for rank in range(PROCESSES):
-        assert words in (folder / f"refused.{name}.{rank}").read_text()
+        assert REFUSED[name] in (folder / f"refused.{name}.{rank}").read_text()
 
 
 @pytest.mark.parametrize(

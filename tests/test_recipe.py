@@ -118,6 +118,8 @@ def test_every_default_is_filled_in(written: Any) -> None:
         "guards": [],
         "methods": [],
         "trainer": {},
+        "online": False,
+        "privacy": "open",
         "seed": 0,
         "out": None,
         "eval_batch_size": 16,

@@ -7,6 +7,7 @@ import pytest
 
 import runs
 from keeptune.errors import FolderError
+from keeptune.folder import Routes
 from keeptune.report import render, write
 
 SCRIPT = "<script>alert(1)</script>"
@@ -282,3 +283,13 @@ def test_bad_folders_are_refused_in_a_sentence(run, tmp_path):
         write([run.path, run.path])
     with pytest.raises(FolderError, match=r"cannot be written to .*first: Is a directory"):
         write([run.path], run.path)
+
+
+def test_where_questions_of_unknown_task_go(run):
+    assert "Questions whose task is not told" not in Page(render([run.path])).words
+    tasks = {"Welsh names": {"Welsh names": 3, "French names": 1}}
+    run.write_routes(run.rows_done - 1, Routes(tasks=tasks))
+    words = Page(render([run.path])).words
+    assert "Questions whose task is not told" in words
+    assert "75 %" in words
+    assert "French names: 1" in words

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 import pico
-from keeptune import loop, state
+from keeptune import loop, serving, state
 from keeptune.checks import run_checks
 from keeptune.disk import locked
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
 from keeptune.folder import RunFolder
 from keeptune.inspection import inspect
+from keeptune.method import Context
 from keeptune.methods.ewc import EWC
 from keeptune.methods.replay import Replay
+from keeptune.methods.retrieval import Retrieval
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.notebook import fit
 from keeptune.progress import Silent
@@ -107,7 +109,9 @@ def test_row_0_is_taken_over_from_a_run_on_the_same_model_and_data(
     scored: list[str] = []
     original = loop.Loop._score
     monkeypatch.setattr(
-        loop.Loop, "_score", lambda self, item: (scored.append(item.name), original(self, item))[1]
+        loop.Loop,
+        "_score",
+        lambda self, item, *more: (scored.append(item.name), original(self, item, *more))[1],
     )
     second = run(recipe(home, out=str(home / "second")), row_0=first)
     assert scored == ["t1", "t0", "t1", "t0", "t1"]
@@ -180,6 +184,76 @@ def test_task_lora_serves_each_task_with_its_own_adapter(tmp_path: Path) -> None
         fitted.model.set_adapter(adapter)
         logits[adapter] = fitted.model(probe).logits
     assert not torch.equal(logits["task_000"], logits["task_002"])
+
+
+def distinct(task: int, n: int = 8) -> list[dict[str, str]]:
+    """Rows whose questions have letters of their own."""
+    two = "ab" if task == 0 else "YZ"
+    words = [two[i // 4] + two[i // 2 % 2] + two[i % 2] for i in range(n)]
+    return [
+        {"prompt": word, "completion": f" {chr(97 + i + 5 * task)}"} for i, word in enumerate(words)
+    ]
+
+
+def test_a_question_of_unknown_task_is_answered_by_the_adapter_of_its_task(home: Path) -> None:
+    for task in range(2):
+        write(home / f"train{task}.jsonl", distinct(task))
+        write(home / f"eval{task}.jsonl", distinct(task))
+    mixed = [row for pair in zip(distinct(0), distinct(1), strict=True) for row in pair]
+    guard = {"name": "mixed", "eval": write(home / "mixed.jsonl", mixed)}
+    asked = recipe(
+        home,
+        adapter={"kind": "lora", "rank": 4},
+        guards=[guard],
+        methods=[{"task_lora": {"unknown": "nearest"}}],
+    )
+    folder = run(asked)
+    assert folder.routes(0) is None
+    assert folder.routes(1) is None
+    routes = folder.routes(2)
+    assert routes is not None
+    assert routes.right("t0") == routes.right("t1") == 1.0
+    cell = folder.cell(2, "guard", 0)
+    assert cell is not None
+    assert [e.id for e in cell.examples] == list(range(16))
+    alone = [folder.cell(2, "task", task) for task in range(2)]
+    for i, example in enumerate(cell.examples):
+        own = alone[i % 2]
+        assert own is not None
+        same = next(e for e in own.examples if e.prompt == example.prompt)
+        assert same.answer == example.answer
+
+
+def test_what_is_put_before_questions_is_counted_and_each_score_is_asked_with_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = {"name": "text", "text": write_text(home / "guard.txt")}
+    asked: list[tuple[int, int]] = []
+    original = Retrieval.prompt
+
+    def seen(self: Retrieval, ctx: Context, ids: list[int], room: int) -> list[int]:
+        found = original(self, ctx, ids, room)
+        asked.append((len(ids), len(found)))
+        assert found[len(found) - len(ids) :] == ids
+        assert len(found) <= room
+        return found
+
+    monkeypatch.setattr(Retrieval, "prompt", seen)
+    folder = run(recipe(home, guards=[guard], methods=[{"retrieval": {"tokens": 40}}]))
+    before, after = folder.cell(0, "task", 0), folder.cell(2, "task", 0)
+    assert before is not None
+    assert after is not None
+    assert before.added_tokens == 0
+    assert 0 < after.added_tokens <= 40 * after.n
+    assert 0 < after.added_seconds <= after.seconds
+    text = folder.cell(2, "guard", 0)
+    assert text is not None
+    assert text.added_tokens == 0
+
+
+def write_text(path: Path) -> str:
+    path.write_text("The committee met on Tuesday.\n" * 4)
+    return str(path)
 
 
 def test_a_classifier_learns_tasks_from_a_recipe(home: Path) -> None:
@@ -337,7 +411,7 @@ def test_full_memory_names_the_batch_size(
     def full(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "score_rows", full)
+    monkeypatch.setattr(serving, "score_rows", full)
     with pytest.raises(TrainingError, match="per_device_train_batch_size: 4"):
         run(recipe(home))
 

@@ -175,6 +175,19 @@ def test_label_smoothing_and_eaft_compose_with_distillation(tmp_path: Any) -> No
         assert method.evidence()[method.proof] > 0, method.name()
 
 
+class Counts(Method):
+    """Writes down how many steps there are, at each step."""
+
+    def after_step(self, ctx: Context) -> None:
+        self._evidence.setdefault("steps", []).append((ctx.step + 1, ctx.steps))
+
+
+def test_a_method_knows_how_many_steps_a_task_has(tmp_path: Any) -> None:
+    method = Counts()
+    by_seams(tmp_path, [method], gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=2)
+    assert method.evidence()["steps"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_no_method_is_trls_own_training(tmp_path: Any) -> None:
     model = pico.causal_lm()
     arguments = SFTConfig(

@@ -21,13 +21,10 @@ from torch import Tensor
 from keeptune.errors import DataError
 from keeptune.kept import BLOCK, Kept
 from keeptune.method import State
-from keeptune.places import even_shares, reservoir
+from keeptune.places import even_shares, pick, reservoir
 from keeptune.rowstore import COLUMNS, Rows, examples
 from keeptune.selection import herd, spread
 
-# Up to so many positions are shuffled to draw some, as all were in the runs that are published; of
-# more, a few are found without looking at the others.
-SHUFFLED = 10_000
 Policy = Literal["reservoir", "ring", "balanced", "herding", "surprise", "diversity"]
 Unit = Literal["rows", "tokens"]
 Order = NDArray[np.int64]
@@ -76,6 +73,10 @@ class Buffer:
     def owners(self, positions: list[int] | Order) -> list[str]:
         """The task that gave each of these rows."""
         return [self._names[number] for number in self._tasks[positions].tolist()]
+
+    def is_of(self, task: str) -> NDArray[np.bool_]:
+        """Whether each row is of a task, [rows]."""
+        return np.asarray(self._tasks == self._names.index(task))
 
     def tokens(self, positions: list[int]) -> int:
         """Tokens of these rows together."""
@@ -261,34 +262,13 @@ class Buffer:
         most = amount
         if unit == "tokens":
             most = -(-amount // max(1, int(self._rows.lengths().min()))) if repeats else able
-        picked = self._pick(most, chances, able, random, repeats=repeats)
+        picked = pick(most, chances, able, random, repeats=repeats)
         if unit == "tokens":
             tokens = self._rows.lengths(picked)
             before = np.cumsum(tokens) - tokens
             picked = picked[before < amount]
         positions: list[int] = picked.tolist()
         return positions
-
-    def _pick(
-        self,
-        count: int,
-        chances: NDArray[np.float64] | None,
-        able: int,
-        random: np.random.Generator,
-        *,
-        repeats: bool,
-    ) -> Order:
-        if repeats:
-            share = None if chances is None else chances / chances.sum()
-            return random.choice(len(self), count, p=share)
-        if chances is None and able <= SHUFFLED:
-            return random.permutation(able)[:count]
-        if chances is None:
-            return random.choice(able, min(count, able), replace=False)
-        # The first arrivals are a weighted draw without repeats (Efraimidis and Spirakis 2006).
-        with np.errstate(divide="ignore"):
-            arrivals = random.exponential(size=len(self)) / chances
-        return np.argsort(arrivals, kind="stable")[: min(count, able)]
 
     def _chances(self, weights: Mapping[str, float]) -> NDArray[np.float64] | None:
         """Relative chance of every row, or None where all are the same."""

@@ -1,4 +1,4 @@
-"""The command line: keeptune demo | run | learn | forget | report | methods | check | version.
+"""The command line: keeptune demo | run | learn | forget | export | report | methods | ...
 
 Commands import what they need when they run, so that `keeptune --help` answers at once.
 """
@@ -177,6 +177,32 @@ def forget(
 
     done = forget_examples(folder, where or [], dry_run=dry_run)
     typer.echo(forgotten_text(done, dry_run=dry_run))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
+    task: Annotated[
+        str | None, typer.Option(help="The task to answer; default: a model not told the task.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write the whole model, its adapter merged in.")
+    ] = False,
+) -> None:
+    """Write a run's model, or its adapter, as transformers, PEFT and vLLM load it."""
+    again = ["export", str(folder), str(out)]
+    again += ["--task", task] if task is not None else []
+    with _working([*again, "--merged"] if merged else again):
+        from keeptune.export import export as export_model
+
+        done = export_model(folder, out, task=task, merged=merged)
+    how = " (its adapter merged in)" if done.is_merged else ""
+    typer.echo(
+        f"Export: {done.path}, a whole model{how}"
+        if done.kind == "model"
+        else f"Export: {done.path}, a PEFT adapter"
+    )
 
 
 @app.command()

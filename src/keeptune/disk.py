@@ -74,10 +74,17 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Fill a folder under a temporary name; it appears at `path`, with its hashes, only when whole.
 
     A manifest with the SHA-256 of every file is added, which `verify` checks.
+
+    Args:
+        path: Where.
+        replace: Whether what is there goes; else it must be nothing or an empty folder.
+
+    Raises:
+        OSError: Something is there that must stay.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -94,7 +101,8 @@ def new_folder(path: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
         hashes = {str(p.relative_to(temporary)): sha256_file(p) for p in files}
         write_atomic(temporary / "manifest.json", json.dumps(hashes, indent=1).encode())
-        shutil.rmtree(path, ignore_errors=True)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

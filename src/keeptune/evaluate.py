@@ -27,11 +27,10 @@ from keeptune.likelihood import (
     sequence_guesses,
     sequence_losses,
 )
-from keeptune.method import IGNORED
+from keeptune.method import IGNORED, Ids
 from keeptune.rows import Rows, Shape, answer, as_text, label_id, options, question
 from keeptune.scorers import check_score, text_score
 from keeptune.tokens import (
-    Ids,
     cut_left,
     encode,
     learned,
@@ -41,6 +40,7 @@ from keeptune.tokens import (
     render,
 )
 
+Prompt = Callable[[Ids, int], Ids]
 SPARE_TOKENS = 8  # beyond the expected answer, where no limit of new tokens is given
 
 
@@ -65,7 +65,14 @@ class _Job:
     batch_size: int
     context: int
     tick: Callable[[int], None]
+    prompt: Prompt
     truncated: int = 0
+
+    def asked(self, ids: Ids, room: int) -> Ids:
+        """What stands in for a question, in at most `room` tokens."""
+        ids = self.prompt(ids, room)
+        self.truncated += len(ids) > room
+        return cut_left(ids, self.tokenizer, room)
 
     def batches(self, sizes: Sequence[int], most: int) -> Iterator[list[int]]:
         """Row numbers in batches, longest first; a batch's padded size stays within `most`."""
@@ -100,6 +107,7 @@ def score_rows(
     max_length: int | None = None,
     labels: Sequence[str] = (),
     tick: Callable[[int], None] = lambda n: None,
+    prompt: Prompt = lambda ids, room: ids,
 ) -> Scored:
     """Score a model on rows.
 
@@ -114,6 +122,7 @@ def score_rows(
         max_length: Longest sequence in tokens, if less than the model's context.
         labels: Names of the classes in the order of their ids.
         tick: Called with the number of rows that were just scored.
+        prompt: What a language model is asked in place of a question, in so many tokens at most.
 
     Returns:
         Examples in row order. Shares score 0 to 1 with weight 1; perplexity scores the mean
@@ -125,7 +134,7 @@ def score_rows(
     """
     check_score(score, rows)
     _check_model(model, score)
-    job = _Job(model, tokenizer, rows, batch_size, context_length(model, max_length), tick)
+    job = _Job(model, tokenizer, rows, batch_size, context_length(model, max_length), tick, prompt)
     with evaluating(model), torch.inference_mode():
         if score == "accuracy":
             examples = _classify(job, labels)
@@ -151,6 +160,8 @@ def _perplexity(job: _Job) -> list[Example]:
         else encode(row, job.rows.shape, job.tokenizer, job.context)
         for row, pair in zip(job.rows.rows, full, strict=True)
     ]
+    if job.rows.shape is not Shape.TEXT:
+        pairs = [_asked_pair(job, *pair) for pair in pairs]
     counts = [learned(labels) for _, labels in pairs]
     if not any(counts):
         raise DataError(f"no row of {job.rows.source} has a token whose likelihood can be had.")
@@ -165,6 +176,13 @@ def _perplexity(job: _Job) -> list[Example]:
     ]
 
 
+def _asked_pair(job: _Job, ids: Ids, labels: Ids) -> tuple[Ids, Ids]:
+    """A row with what stands in for all before its first answer; it fits already."""
+    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+    head = job.prompt(ids[:first], job.context - len(ids) + first)
+    return head + ids[first:], [IGNORED] * len(head) + labels[first:]
+
+
 def _match(job: _Job) -> list[Example]:
     """Whether greedy generation would begin with the expected answer.
 
@@ -176,9 +194,7 @@ def _match(job: _Job) -> list[Example]:
     pairs: list[tuple[Ids, Ids]] = []
     for row in rows:
         head, (tail,) = option_ids(row, shape, job.tokenizer, [answer(row, shape)])
-        room = max(job.context - len(tail), 1)
-        job.truncated += len(head) > room
-        head = cut_left(head, job.tokenizer, room)
+        head = job.asked(head, max(job.context - len(tail), 1))
         pairs.append((head + tail, [IGNORED] * len(head) + tail))
     examples: dict[int, Example] = {}
     for batch in job.batches([len(ids) for ids, _ in pairs], most_tokens(job.model)):
@@ -203,9 +219,7 @@ def _choose(job: _Job) -> list[Example]:
     ]
     heads: list[Ids] = []
     for head, tails in encoded:
-        room = max(job.context - max(map(len, tails)), 1)
-        job.truncated += len(head) > room
-        heads.append(cut_left(head, job.tokenizer, room))
+        heads.append(job.asked(head, max(job.context - max(map(len, tails)), 1)))
     examples: dict[int, Example] = {}
     sizes = [max(len(h), sum(map(len, t))) for h, (_, t) in zip(heads, encoded, strict=True)]
     for batch in job.batches(sizes, most_tokens(job.model)):
@@ -233,8 +247,7 @@ def _generate(job: _Job, score: str, max_new_tokens: int | None) -> list[Example
             wanted = job.tokenizer.encode(answer(row, shape), add_special_tokens=False)
             limit = len(wanted) + SPARE_TOKENS
         limit = max(1, min(limit, job.context - 1))
-        job.truncated += len(asked) > job.context - limit
-        prompts.append(cut_left(asked, job.tokenizer, max(1, job.context - limit)))
+        prompts.append(job.asked(asked, max(1, job.context - limit)))
         limits.append(limit)
     examples: dict[int, Example] = {}
     sizes = [len(p) + limit for p, limit in zip(prompts, limits, strict=True)]

@@ -5,6 +5,7 @@
     ├── run.json               RunInfo: what is trained, on which data, by which versions
     ├── rows/002/task-000.json Cell: one entry of R (here R[2, 0]) with its per-example results
     ├── rows/002/guard-000.json
+    ├── rows/002/routes.json   which task each task's questions are taken for, where that is chosen
     ├── evidence/002.json      what each method did while the second task was learned
     ├── cost.json              seconds by phase, peak memory, stored bytes
     ├── steps.jsonl            loss and speed over steps, for people and plots
@@ -69,6 +70,8 @@ class Cell(_Record):
         unit: "share" (0 to 1, higher is better) or "perplexity" (lower is better).
         n: Number of examples.
         seconds: What it took to evaluate.
+        added_tokens: Tokens put before the questions, all together.
+        added_seconds: Of `seconds`, those spent on finding them.
         examples: Per-example results, in row order; empty only where a tool gives none.
     """
 
@@ -77,6 +80,8 @@ class Cell(_Record):
     unit: Unit
     n: int
     seconds: float = 0.0
+    added_tokens: int = 0
+    added_seconds: float = 0.0
     examples: list[Example] = []
 
 
@@ -129,6 +134,17 @@ class TaskEvidence(_Record):
     task: str
     index: int
     methods: list[Evidence]
+
+
+class Routes(_Record):
+    """Of each learned task, how many questions go to which task when theirs is not told."""
+
+    tasks: dict[str, dict[str, int]]
+
+    def right(self, task: str) -> float:
+        """The share of a task's questions that are taken for its own."""
+        chosen = self.tasks[task]
+        return chosen.get(task, 0) / sum(chosen.values())
 
 
 class Phase(_Record):
@@ -260,6 +276,18 @@ class RunFolder:
         """One entry of R, or None where it was not evaluated."""
         file = self.cell_file(row, kind, index)
         return self.read(file, Cell) if file.is_file() else None
+
+    def write_routes(self, row: int, routes: Routes) -> None:
+        """Keep which tasks were chosen after one task of the stream."""
+        write_atomic(self._routes_file(row), routes.model_dump_json().encode())
+
+    def routes(self, row: int) -> Routes | None:
+        """Which tasks were chosen, or None where the strategy chooses none."""
+        file = self._routes_file(row)
+        return self.read(file, Routes) if file.is_file() else None
+
+    def _routes_file(self, row: int) -> Path:
+        return self.path / "rows" / f"{row:03d}" / "routes.json"
 
     def column(self, kind: Kind, index: int) -> list[Cell | None]:
         """One task or guard over the whole stream: row 0 (before training) to the last row."""

@@ -26,7 +26,7 @@ from keeptune.disk import (
     verify,
     write_atomic,
 )
-from keeptune.errors import FolderError
+from keeptune.errors import FolderError, RecipeError, suggest
 from keeptune.folder import Cell, Example, RunFolder
 from keeptune.method import State
 from keeptune.recipe import load_recipe
@@ -46,11 +46,13 @@ class Forgotten:
         rows: By state and method: rows removed, and rows that there were.
         examples: By file of results: examples whose texts were replaced.
         left: Other files in which the words still are, which people must see to.
+        begins_again: Whether a task that is not finished begins again.
     """
 
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    begins_again: bool = False
 
     @property
     def nothing(self) -> bool:
@@ -76,6 +78,10 @@ def forget(
     """
     meant = parse(where)
     folder = RunFolder(path)
+    known = [task.name for task in folder.info.tasks]
+    if unknown := set(meant.tasks) - set(known):
+        name = sorted(unknown)[0]
+        raise RecipeError(f"{folder.path} has no task {name!r}. {suggest(name, known)}")
     with locked(folder.path):
         states = folder.path / "state"
         for parent in (states, states / "progress"):
@@ -89,8 +95,8 @@ def forget(
             requests = folder.info.forget_requests + 1
             folder.info = folder.info.model_copy(update={"forget_requests": requests})
             folder.save_info()
-        for files in [*states.glob("task-*"), *(states / "progress").glob("[0-9]*-[0-9]*")]:
-            _forget_state(files, meant, tokenizer, states / "files", done, dry_run=dry_run)
+        for kept in [*states.glob("task-*"), *(states / "progress").glob("[0-9]*-[0-9]*")]:
+            _forget_state(kept, meant, tokenizer, states / "files", done, dry_run=dry_run)
         shutil.rmtree(states / "files", ignore_errors=True)
         _forget_examples(folder, meant, done, dry_run=dry_run)
         page = folder.path / "report.html"
@@ -130,29 +136,27 @@ def _forget_state(
 ) -> None:
     verify(path)  # what is damaged must not get a hash that fits
     changed: dict[str, State] = {}
+    total = 0
     for stem in state.method_stems(path):
         kept = state.read_method(path, stem)
-        parts = buffers_in(kept)
         removed = rows = 0
-        dead = False
-        for name in parts:
+        for name in buffers_in(kept):
             buffer = Buffer(None)
             buffer.restore(kept.part(name) if name else kept, files)
             positions = _meant(buffer, meant, tokenizer)
-            removed, rows, dead = removed + len(positions), rows + len(buffer), buffer.has_dead
-            if dry_run or not (len(positions) or dead):
-                continue
-            buffer.delete(positions, files)
-            own = buffer.state()
-            own = own.under(name) if name else own
-            kept = _without(kept, name)
-            kept.tensors |= own.tensors
-            kept.files |= own.files
-            changed[stem] = kept
-        if parts:
-            place = f"{path.name}, {stem.split('-', 2)[2]}"
-            done.rows[place] = (removed, rows)
-    if changed:
+            removed, rows = removed + len(positions), rows + len(buffer)
+            if not dry_run and (positions or buffer.has_dead):
+                buffer.delete(positions, files)
+                kept = changed[stem] = _with(kept, name, buffer)
+        if rows:
+            done.rows[f"{path.name}, {stem.split('-', 2)[2]}"] = (removed, rows)
+        total += removed
+    if total and path.parent.name == "progress":
+        # What this task is trained on is another set of rows now: it begins again.
+        done.begins_again = True
+        if not dry_run:
+            shutil.rmtree(path)
+    elif changed:
         _rewrite(path, changed)
 
 
@@ -170,14 +174,14 @@ def _meant(buffer: Buffer, meant: Where, tokenizer: Any) -> list[int]:
     return found
 
 
-def _without(kept: State, name: str) -> State:
-    """A method's state without one of its buffers."""
-    start = f"{name}/" if name else ""
-    own = kept.part(name) if name else kept
-    gone = {start + key for key in Buffer.tensors_of(own)}
-    tensors = {key: t for key, t in kept.tensors.items() if key not in gone}
-    files = {key: f for key, f in kept.files.items() if not key.startswith(start + "rows-")}
-    return State(tensors, kept.values, files)
+def _with(kept: State, name: str, buffer: Buffer) -> State:
+    """A method's state with this buffer in the place of the one of this name."""
+    start, own = f"{name}/" if name else "", buffer.state()
+    former = Buffer.tensors_of(kept.part(name) if name else kept)
+    others = {key: t for key, t in kept.tensors.items() if key.removeprefix(start) not in former}
+    files = {key: f for key, f in kept.files.items() if not key.startswith(f"{start}rows-")}
+    own = own.under(name) if name else own
+    return State(others | own.tensors, kept.values, files | own.files)
 
 
 def _rewrite(path: Path, changed: dict[str, State]) -> None:

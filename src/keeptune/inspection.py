@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keeptune.errors import KeeptuneError
+from keeptune.method import Chain
 from keeptune.recipe import Recipe
 from keeptune.runs import quiet
 from keeptune.session import open_session, read_plan
@@ -54,8 +55,19 @@ def inspect(recipe: Recipe) -> Inspection:
         f"guard     {g.name}: {g.eval_rows:,} to evaluate by {g.score}"
         for g in session.guard_infos()
     ]
+    found.lines.append(f"export    {exports(session.chain)}")
     found.lines += [f"warning   {warning}" for warning in session.plan.stream.leaks()]
     return found
+
+
+def exports(chain: Chain) -> str:
+    """What `keeptune export` can write of a run with these methods, in words."""
+    away = [method.name() for method in chain if method.served == "keeptune"]
+    if away:
+        return f"none: answers of {' + '.join(away)} need keeptune beside the model"
+    if any(method.served == "per task" for method in chain):
+        return "one model for each task"
+    return "one model for all tasks"
 
 
 def _memory(info: dict[str, Any]) -> int:

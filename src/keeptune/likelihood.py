@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from keeptune.method import IGNORED
-from keeptune.tokens import Ids
+from keeptune.method import IGNORED, Ids
 
 # Logits of one batch: 2**27 in float32 are 512 MB.
 MOST_LOGITS = 2**27

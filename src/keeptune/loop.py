@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,24 @@ from safetensors.torch import load_file
 from keeptune import state
 from keeptune.disk import finish_replacing, new_folder, verify
 from keeptune.errors import FolderError, TrainingError
-from keeptune.evaluate import score_rows
-from keeptune.folder import Cell, Evidence, Example, Kind, Phase, RunFolder, TaskEvidence, Unit
+from keeptune.folder import (
+    Cell,
+    Evidence,
+    Example,
+    Kind,
+    Phase,
+    Routes,
+    RunFolder,
+    TaskEvidence,
+    Unit,
+)
 from keeptune.guard import Guard
 from keeptune.harness import score_lm_eval
 from keeptune.machine import peak_memory, translated
+from keeptune.method import Context
 from keeptune.privacy import without_text
 from keeptune.progress import Progress
+from keeptune.serving import Prompts, routes, score_served
 from keeptune.session import Session
 from keeptune.stream import Task
 
@@ -230,34 +242,47 @@ class Loop:
         title = f"evaluate after {when}" if row else "evaluate before training"
         self.progress.phase(title, sum(item.size for _, _, item in missing), "examples")
         self._scored = 0
+        self._ask_for_tasks(row)
         for kind, index, item in missing:
             learned = kind == "task" and index < row
             ctx = self.session.context(max(row - 1, 0))
-            self.session.chain.serve(ctx, item.name if learned else None)
-            cell = self._score(item)
+            cell = self._score(item, ctx, item.name if learned else None)
             self.folder.write_cell(row, kind, index, cell)
         self._add_cost("evaluate", when, started)
 
-    def _score(self, item: Task | Guard) -> Cell:
-        plan = self.session.plan
+    def _ask_for_tasks(self, row: int) -> None:
+        """Note which task each question of a learned task would be served as, were it not known."""
+        ctx = self.session.context(max(row - 1, 0))
+        found = {}
+        for task in list(self.session.plan.stream)[:row]:
+            if (chosen := routes(self.session, ctx, task.eval)) is None:
+                return
+            found[task.name] = dict(Counter(chosen))
+        if found:
+            self.folder.write_routes(row, Routes(tasks=found))
+
+    def _score(self, item: Task | Guard, ctx: Context, task: str | None) -> Cell:
+        """Score by what is served for a task, or for rows of an unknown one."""
+        plan, chain = self.session.plan, self.session.chain
         started = time.monotonic()
         model, tokenizer = self.session.model, self.session.tokenizer
+        prompts = Prompts(chain, ctx)
         rows = item.eval if isinstance(item, Task) else item.rows
         examples: list[Example]
         if isinstance(item, Guard) and rows is None:
+            chain.serve(ctx, task)
             examples = score_lm_eval(model, tokenizer, item, plan.eval_batch_size)
             self._tick(len(examples))
         else:
             assert rows is not None
-            examples = score_rows(
-                model,
-                tokenizer,
+            examples = score_served(
+                self.session,
+                ctx,
                 rows,
                 item.score,
-                batch_size=plan.eval_batch_size,
+                task,
+                prompts,
                 max_new_tokens=item.max_new_tokens,
-                max_length=plan.max_length,
-                labels=plan.labels,
                 tick=self._tick,
             )
         if plan.privacy == "strict":
@@ -268,6 +293,8 @@ class Loop:
             unit=item.unit,
             n=len(examples),
             seconds=time.monotonic() - started,
+            added_tokens=prompts.tokens,
+            added_seconds=prompts.seconds,
             examples=examples,
         )
 

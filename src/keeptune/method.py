@@ -1,8 +1,8 @@
-"""The one abstraction: a method has seven verbs, each with one permitted effect.
+"""The one abstraction: a method has nine verbs, each with one permitted effect.
 
             for each task:  begin_task ─► data ─► [ forward ─► loss ─► backward ─► gradients ─►
                             step ─► after_step ]* ─► end_task
-            to answer:      serve
+            to answer:      [ route ─► ] serve ─► prompt
 
 `Chain` runs a list of methods as one. No method ever sees a trainer: what it may read is `Context`.
 """
@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,13 +29,15 @@ from pydantic import (
 from torch import Tensor, nn
 
 from keeptune.answers import Answers
-from keeptune.errors import MethodError, suggest
+from keeptune.errors import MethodError
 from keeptune.reading import find_head, positions, read
+from keeptune.refusals import sentence
 
 IGNORED = -100  # a label without loss, as everywhere in torch
 ADDED = "keeptune_added"  # a module of the model's own with weights that a method adds
 OPTIONS = "options"  # a column for methods, which no trainer sees: the rows of every choice
 Batch = dict[str, Tensor]
+Ids = list[int]
 Collate = Callable[[list[dict[str, Any]]], Batch]
 
 
@@ -158,7 +160,7 @@ class State:
     Attributes:
         tensors: Kept as safetensors.
         values: Kept as JSON.
-        files: Files that are never changed; a saved state has links to them.
+        files: Files that are never changed again; a saved state has links to them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -167,10 +169,11 @@ class State:
 
     def part(self, name: str) -> State:
         """The tensors and files that `under` put under a name."""
-        start = f"{name}/"
-        tensors = {k[len(start) :]: t for k, t in self.tensors.items() if k.startswith(start)}
-        files = {k[len(start) :]: f for k, f in self.files.items() if k.startswith(start)}
-        return State(tensors, {}, files)
+        cut, start = len(name) + 1, f"{name}/"
+        tensors = {k[cut:]: t for k, t in self.tensors.items() if k.startswith(start)}
+        return State(
+            tensors, {}, {k[cut:]: f for k, f in self.files.items() if k.startswith(start)}
+        )
 
     def under(self, name: str) -> State:
         """The tensors and files under a name, so that several states can be joined."""
@@ -185,8 +188,9 @@ class Method(BaseModel):
         neutral: The setting that equals plain fine-tuning bit for bit; empty if there is none.
         proof: The evidence that is above 0 when the method was active.
         active_from: The first task (from 0) on which it must have been active.
-        needs: What must be there: "adapter" (a LoRA model), "logits" (given to `loss`), "answers"
-            (in `ctx.answers`, for terms that do without the logits of all answers at once).
+        needs: What must be there: "adapter" (a LoRA model), "classifier" (a sequence classifier),
+            "logits" (given to `loss`), "answers" (in `ctx.answers`, for terms that do without the
+            logits of all answers at once).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart",
             "freeze" (chooses which weights are trained in a task), "isolation" (answers of an
@@ -194,6 +198,8 @@ class Method(BaseModel):
         excludes: Traits that another method in the strategy must not have.
         keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
             order and adds none before its turn. A method without a `data` verb need not say so.
+        served: What can be exported: "one model" for all tasks, a model "per task", or nothing,
+            because answers come from "keeptune" and not from a model alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -205,6 +211,7 @@ class Method(BaseModel):
     traits: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
     keeps_order: ClassVar[bool] = False
+    served: ClassVar[Literal["one model", "per task", "keeptune"]] = "one model"
 
     _evidence: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -214,7 +221,7 @@ class Method(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            sentences = [_sentence(cls, dict(e)) for e in error.errors()]
+            sentences = [sentence(cls, dict(e)) for e in error.errors()]
             raise MethodError(" ".join(sentences)) from None
 
     @classmethod
@@ -234,7 +241,7 @@ class Method(BaseModel):
         """
         return False
 
-    # -- the seven verbs ----------------------------------------------------------------------
+    # -- the nine verbs -----------------------------------------------------------------------
 
     def begin_task(self, ctx: Context) -> None:
         """May change the model's structure or take snapshots."""
@@ -259,6 +266,14 @@ class Method(BaseModel):
     def serve(self, ctx: Context, task: str | None) -> None:
         """Sets the model up to answer for a task, or for an unknown one (None)."""
 
+    def route(self, ctx: Context, prompts: Sequence[Ids]) -> list[str] | None:
+        """Returns the task that each question of unknown task is served as; None leaves it open."""
+        return None
+
+    def prompt(self, ctx: Context, ids: Ids, room: int) -> Ids:
+        """Returns what a language model is asked in place of `ids`, in at most `room` tokens."""
+        return ids
+
     # -- what is kept and shown ---------------------------------------------------------------
 
     def state(self) -> State:
@@ -278,42 +293,24 @@ class Method(BaseModel):
 
 
 def _rank_at_begin(method: Method) -> int:
-    return 0 if "structure" in method.traits else 1 if "freeze" in method.traits else 2
+    if method.traits & {"structure", "freeze"}:
+        return 0 if "structure" in method.traits else 1
+    # What answered may have put other weights into the model, and puts the trained ones back.
+    return 3 if type(method).serve is Method.serve else 2
 
 
 def _rank_at_end(method: Method) -> int:
     return 2 if "freeze" in method.traits else 1 if "isolation" in method.traits else 0
 
 
-def _sentence(cls: type[Method], error: dict[str, Any]) -> str:
-    """Turn one pydantic error into: name, got, allowed, what to do."""
-    # Beyond a setting's name, names in `loc` are pydantic's own for the branches of a union.
-    place = [str(p) for i, p in enumerate(error["loc"]) if i == 0 or isinstance(p, int)]
-    where = ".".join([cls.__name__, *place])
-    if error["type"] == "extra_forbidden":
-        names = list(cls.model_fields)
-        known = suggest(str(error["loc"][0]), names) if names else "It has no settings."
-        return f"{where} is not a setting. {known}"
-    if error["type"] == "missing":
-        return f"{where} must be given."
-    bound = error.get("ctx", {})
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    allowed = [f"{words[k]} {v}" for k, v in bound.items() if k in words]
-    rule = f"must be {allowed[0]}" if allowed else error["msg"][0].lower() + error["msg"][1:]
-    default = cls.model_fields[str(error["loc"][0])].default if error["loc"] else None
-    off = cls.neutral.get(str(error["loc"][0])) if error["loc"] else None
-    hint = f"Leave it out for the default, {default!r}"
-    hint += f", or use {off!r} for plain fine-tuning." if off is not None else "."
-    return f"{where}: {rule}, got {error['input']!r}. {hint}"
-
-
 class Chain:
     """Runs methods as one, in the order written.
 
     `data` pipes left to right, terms of `loss` add, all other effects run in list order, but: what
-    adds weights begins first and what freezes them next, so that all others find what will be
-    trained; frozen weights are given free after all others have ended the task; and what isolates
-    tasks has the last word on gradients and weights.
+    adds weights begins first, what freezes them next, and then what has a `serve` and may have to
+    put the trained ones back, so that all others find what will be trained; frozen weights are
+    given free after all others have ended the task; and what isolates tasks has the last word on
+    gradients and weights.
 
     Args:
         methods: The strategy; empty is plain fine-tuning.
@@ -353,11 +350,8 @@ class Chain:
         return iter(self.methods)
 
     def begin_task(self, ctx: Context) -> None:
-        """Run every method's `begin_task`, with last task's evidence cleared.
-
-        Those that serve come first: they may have put other weights into the model to answer.
-        """
-        for method in sorted(self.methods, key=lambda m: type(m).serve is Method.serve):
+        """Run every method's `begin_task`, with last task's evidence cleared."""
+        for method in self.methods:
             method._evidence.clear()
         for method in sorted(self.methods, key=_rank_at_begin):
             method.begin_task(ctx)
@@ -398,3 +392,14 @@ class Chain:
         """Set the model up to answer."""
         for method in self.methods:
             method.serve(ctx, task)
+
+    def route(self, ctx: Context, prompts: Sequence[Ids]) -> list[str] | None:
+        """What the first method that has an answer says."""
+        answers = (method.route(ctx, prompts) for method in self.methods)
+        return next((answer for answer in answers if answer is not None), None)
+
+    def prompt(self, ctx: Context, ids: Ids, room: int) -> Ids:
+        """Pipe a question through every method."""
+        for method in self.methods:
+            ids = method.prompt(ctx, ids, room)
+        return ids

@@ -1,10 +1,13 @@
-"""Who gets the places of a buffer."""
+"""Who gets the places of a buffer, and who is drawn from it."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+# Up to so many positions are shuffled to draw some, as all were in the runs that are published; of
+# more, a few are found without looking at the others.
+SHUFFLED = 10_000
 Order = NDArray[np.int64]
 
 
@@ -57,3 +60,33 @@ def even_shares(sizes: NDArray[np.integer], places: int) -> list[int]:
     (more,) = np.nonzero(sizes > level)
     shares[more[: places - int(shares.sum())]] += 1
     return [int(share) for share in shares]
+
+
+def pick(
+    count: int,
+    chances: NDArray[np.float64] | None,
+    able: int,
+    random: np.random.Generator,
+    *,
+    repeats: bool,
+) -> Order:
+    """Positions drawn at random.
+
+    Args:
+        count: How many; without repeats, at most as many as can be drawn.
+        chances: Relative chance of each row; None where all are the same.
+        able: How many can be drawn.
+        random: Decides which.
+        repeats: Whether one may come twice.
+    """
+    if repeats:
+        rows = able if chances is None else len(chances)
+        return random.choice(rows, count, p=None if chances is None else chances / chances.sum())
+    if chances is None and able <= SHUFFLED:
+        return random.permutation(able)[:count]
+    if chances is None:
+        return random.choice(able, min(count, able), replace=False)
+    # The first arrivals are a weighted draw without repeats (Efraimidis and Spirakis 2006).
+    with np.errstate(divide="ignore"):
+        arrivals = random.exponential(size=len(chances)) / chances
+    return np.argsort(arrivals, kind="stable")[: min(count, able)]

@@ -2,7 +2,7 @@
 
 Ids are 16 bits where all are below 65,536. Labels of a language model are the ids themselves or
 ignored, so that one bit a token says which; those of a classifier are one number a row. Where a row
-begins is summed from the lengths since the last of every 64th row. What a method keeps of a row
+begins is summed from the lengths since the last of every 16th row. What a method keeps of a row
 besides, such as the model's outputs, lies beside it in the same manner.
 """
 
@@ -21,7 +21,7 @@ from keeptune.errors import DataError
 from keeptune.method import IGNORED
 
 COLUMNS = ["input_ids", "labels"]
-EVERY = 64  # rows between two positions that are kept
+EVERY = 16  # rows between two positions that are kept
 CHUNK = 8192  # rows handled at a time, which bounds what is needed beside the rows themselves
 Whole = NDArray[np.int64]
 Numbers = NDArray[Any]
@@ -34,7 +34,7 @@ class Ragged:
     Attributes:
         values: [T, ...], all rows' values in a line.
         lengths: uint16 or int32 [R], how many each row has.
-        starts: int64 [R / 64 rounded up], where every 64th row begins in `values`.
+        starts: int64 [R / 16 rounded up], where every 16th row begins in `values`.
     """
 
     values: Numbers

@@ -1,4 +1,4 @@
-"""Puts the seven verbs into any `transformers.Trainer` or TRL trainer.
+"""Puts the verbs of training into any `transformers.Trainer` or TRL trainer.
 
     class MyTrainer(Seams, SFTTrainer): ...
     trainer = MyTrainer(model=model, methods=[EWC(), Replay()], ...)
@@ -69,6 +69,7 @@ class Seams(LossTerms):
         self.files: Path | None = None  # where methods may keep files
         self._require_gradients()
         self._require_adapter()
+        self._require_classifier()
         self._require_logits()
         if online:
             self._require_order()
@@ -95,6 +96,16 @@ class Seams(LossTerms):
             raise MethodError(
                 f"The method {who[0]!r} needs a LoRA adapter, but {trained} trained here. "
                 "Set `adapter: {kind: lora, rank: 16}` in the recipe, or remove the method."
+            )
+
+    def _require_classifier(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if "classifier" in self.strategy.needs and base.can_generate():
+            who = [m.name() for m in self.strategy if "classifier" in m.needs]
+            raise MethodError(
+                f"The method {who[0]!r} needs a sequence classifier, but {type(base).__name__} is "
+                "a language model. Set `kind: classification` in the recipe, or remove the method."
             )
 
     def _require_order(self) -> None:
@@ -197,7 +208,7 @@ class Seams(LossTerms):
     def _cover_new_weights(self) -> None:
         assert self.ctx is not None
         if not self.is_fsdp_enabled:
-            if any(m.traits & {"structure", "freeze"} for m in self.strategy):
+            if any(m.traits & {"structure", "freeze", "isolation"} for m in self.strategy):
                 # DDP knows only the weights that were there, and trained, when it was made.
                 self.model_wrapped = self.model
         elif not all(isinstance(p, DTensor) for p in self.ctx.trainable().values()):

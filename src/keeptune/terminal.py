@@ -42,6 +42,7 @@ def method_card(cls: type[Method]) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{cls.name()}: {shown.title}", style="bold"), Text()]
     for key, value in shown.fields.items():
         parts += [Text(key, style="bold"), Padding(Text(value), (0, 0, 0, 2))]
+    parts += [Text("Export", style="bold"), Padding(Text(export_text(cls)), (0, 0, 0, 2))]
     settings = method_settings(cls)
     if not settings:
         return Group(*parts, Text(), Text("It has no settings."))
@@ -49,6 +50,15 @@ def method_card(cls: type[Method]) -> RenderableType:
     for row in settings:
         table.add_row(*map(Text, row))
     return Group(*parts, Text(), table)
+
+
+def export_text(cls: type[Method]) -> str:
+    """What `keeptune export` can write of it."""
+    return {
+        "one model": "one model for all tasks.",
+        "per task": "one model or adapter for each task.",
+        "keeptune": "none: its answers need keeptune beside the model.",
+    }[cls.served]
 
 
 def method_settings(cls: type[Method]) -> list[tuple[str, str, str, str]]:
@@ -78,6 +88,7 @@ def methods_markdown(classes: Sequence[type[Method]]) -> str:
     for cls, shown in cards:
         lines += ["", f"## {cls.name()}", "", shown.title, ""]
         lines += [f"- **{key}**: {value}" for key, value in shown.fields.items()]
+        lines.append(f"- **Export**: {export_text(cls)}")
         settings = method_settings(cls)
         if settings:
             lines += ["", "| setting | default | allowed | meaning |", "|---|---|---|---|"]
@@ -166,6 +177,8 @@ def forgotten_text(done: Forgotten, *, dry_run: bool) -> str:
         f"{file}: texts of {count} examples {would}replaced"
         for file, count in done.examples.items()
     ]
+    if done.begins_again:
+        lines.append("The task that is not finished begins again with --resume.")
     if done.nothing:
         lines.append("No row and no example is meant.")
     elif not dry_run:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.errors import DataError
-from keeptune.method import IGNORED, OPTIONS
+from keeptune.method import IGNORED, OPTIONS, Ids
 from keeptune.rows import (
     Messages,
     Row,
@@ -32,8 +32,6 @@ from keeptune.rows import (
     label_id,
     question,
 )
-
-Ids = list[int]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from keeptune.errors import RecipeError, suggest
 from keeptune.folder import Example
+from keeptune.method import IGNORED
 from keeptune.rows import Rows, answer, as_text, question, read_rows
 from keeptune.tokens import encode
 
@@ -67,7 +68,14 @@ class Where:
         for given in self.rows:
             # What was too long for training was cut to the length that the longest rows have.
             longest = max(map(len, rows))
-            wanted = {tuple(encode(row, given.shape, tokenizer, longest)[0]) for row in given.rows}
+            pairs = [encode(row, given.shape, tokenizer, longest) for row in given.rows]
+            wanted = {tuple(ids) for ids, _ in pairs}
+            # feature_replay keeps answers, with one id in place of each other token.
+            wanted |= {
+                tuple(blank if label == IGNORED else label for label in labels)
+                for _, labels in pairs
+                for blank in (0, 1)
+            }
             found = [ok and tuple(row) in wanted for ok, row in zip(found, rows, strict=True)]
         return found
 

@@ -18,6 +18,7 @@ import torch
 
 import keeptune
 import runs
+import served
 import stage
 import traces
 from keeptune import registry
@@ -49,7 +50,7 @@ def neutral_is_plain(subject: Subject, *, lora: bool) -> None:
     """1: at the neutral setting it is plain fine-tuning bit for bit; a method that has none is
     plain until the task from which it acts.
     """
-    plain, cls = stage.run(lora=lora), subject.cls
+    plain, cls = stage.run(lora=lora, classes=subject.classes), subject.cls
     if cls.neutral or is_floor(subject):
         off = subject.neutral
         assert off.make().is_neutral(), f"is_neutral() is False at {cls.neutral}"
@@ -63,7 +64,8 @@ def neutral_is_plain(subject: Subject, *, lora: bool) -> None:
 
 def default_changes_something(subject: Subject, *, lora: bool) -> None:
     """2: at the default setting it changes what is learned, by more than rounding."""
-    plain, got = stage.run(lora=lora), stage.run((subject,), lora=lora)
+    plain = stage.run(lora=lora, classes=subject.classes)
+    got = stage.run((subject,), lora=lora)
     if is_floor(subject):
         assert stage.same(got.weights[-1], plain.weights[-1]), "the floor is not plain"
         return
@@ -85,7 +87,8 @@ def same_seed_same_weights(subject: Subject, *, lora: bool) -> None:
 def accumulation_is_invisible(subject: Subject, *, lora: bool) -> None:
     """4: one batch or four micro batches are the same, measured against the method's effect."""
     steady = {"lora": True, "dropout": 0} if lora else {"lora": False}
-    plain, whole = stage.run(**steady), stage.run((subject,), **steady)
+    plain = stage.run(**steady, classes=subject.classes)
+    whole = stage.run((subject,), **steady)
     cut = stage.run((subject,), cut=4, **steady)
     effect = stage.distance(whole, plain)
     if is_floor(subject):
@@ -115,9 +118,9 @@ def works_beside(subject: Subject, partner: type[Method], *, lora: bool) -> None
     """6: beside a partner, in both orders, both act; switched off, only the partner does."""
     mate = Subject(partner)
     for chain in ((subject, mate), (mate, subject)):
-        order = " then ".join(s.cls.__name__ for s in chain)
+        order = _order(chain)
         both = stage.run(chain, lora=lora, tasks=2)
-        alone = stage.run((mate,), lora=lora, tasks=2)
+        alone = stage.run((mate,), lora=lora, tasks=2, classes=subject.classes)
         assert torch.isfinite(both.logits).all(), f"{order}: answers are not numbers"
         if is_floor(subject):
             assert stage.same(both.weights[-1], alone.weights[-1]), f"{order}: not the partner"
@@ -126,10 +129,25 @@ def works_beside(subject: Subject, partner: type[Method], *, lora: bool) -> None
         assert stage.distance(both, mine) > 0, f"{order}: {partner.__name__} did nothing"
         assert stage.distance(both, alone) > 0, f"{order}: {subject.cls.__name__} did nothing"
         _proves(subject, [values[chain.index(subject)] for values in both.evidence])
-        if subject.cls.neutral:
-            pair = tuple(s.neutral if s is subject else s for s in chain)
-            off = stage.run(pair, lora=lora, tasks=2)
+        # What does nothing does it in either order, so that one is tried.
+        if subject.cls.neutral and chain[0] is subject:
+            off = stage.run((subject.neutral, mate), lora=lora, tasks=2)
             assert stage.same(off.weights[-1], alone.weights[-1]), f"{order}: off is not off"
+
+
+def _order(chain: tuple[Subject, Subject]) -> str:
+    return " then ".join(s.cls.__name__ for s in chain)
+
+
+def run_together(one: Subject, other: Subject, *, lora: bool) -> None:
+    """6: two methods of the registry act in one strategy, in both orders, each as it does alone."""
+    for chain in ((one, other), (other, one)):
+        both = stage.run(chain, lora=lora)
+        assert torch.isfinite(both.logits).all(), f"{_order(chain)}: answers are not numbers"
+        for place, subject in enumerate(chain):
+            alone = stage.run((subject,), lora=lora)
+            assert stage.distance(both, alone) > 0, f"{_order(chain)}: only {subject.cls.__name__}"
+            _proves(subject, [values[place] for values in both.evidence])
 
 
 def clashes_both_ways(one: type[Method], other: type[Method]) -> None:
@@ -330,3 +348,40 @@ def is_published(cls: type[Method], root: Path = ROOT) -> None:
     assert name in listed, f"{recipe} runs {listed}"
     page = root / f"docs/methods/{name}.md"
     assert page.is_file(), f"there is no {page}"
+
+
+# -- what is served -------------------------------------------------------------------------------
+
+
+def is_served_as_it_says(subject: Subject, folder: Path, *, lora: bool) -> None:
+    """16: what `serve` sets up is what `served` says, and a model that can be exported is loaded
+    again, without keeptune, with the same logits.
+    """
+    trainer = served.learned(subject, lora=lora)
+    ctx, chain = stage.context(trainer, stage.TASKS - 1), trainer.strategy
+    seen = {}
+    for task in ("t0", "t2", None):
+        chain.serve(ctx, task)
+        seen[task] = served.logits(trainer)
+        if subject.cls.served == "keeptune" or (task is None and served.is_routed(trainer)):
+            continue
+        again, exact = served.exported(trainer, folder / f"export-{task}")
+        apart = float((again - seen[task]).abs().max())
+        assert apart <= (0 if exact else 1e-5), f"exported, task {task} is answered otherwise"
+    if subject.cls.served == "one model":
+        apart = [t for t in seen if not torch.equal(seen[t], seen[None])]
+        assert not apart, f"it serves one model, but the tasks {apart} are answered by another"
+
+
+def routes_by_the_question(subject: Subject) -> None:
+    """17: a method that chooses a task for a question chooses by the question: of tasks that have
+    words of their own, new questions go to the right one.
+    """
+    trainer = served.learned(subject, lora=True, apart=True)
+    ctx = stage.context(trainer, stage.TASKS - 1)
+    for task in range(stage.TASKS):
+        asked = served.new_questions(task)
+        chosen = trainer.strategy.route(ctx, asked)
+        assert chosen is not None, "it chooses no task"
+        right = sum(name == f"t{task}" for name in chosen) / len(asked)
+        assert right > 0.9, f"{right:.0%} of the questions of task {task} are taken for its own"

@@ -23,9 +23,10 @@ import pico
 from keeptune import state
 from keeptune.method import Batch, Chain, Context, Method
 from keeptune.tokens import collate
-from keeptune.trainers import TextTrainer, build_trainer
+from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
 
 TASKS, ROWS, LENGTH, STEPS, BATCH, VOCAB = 3, 10, 10, 4, 4, 32
+CLASSES = 2  # of each task of a classifier
 DROPOUT = 0.1  # of adapters
 SETTINGS: dict[str, Any] = {
     # SGD, because Adam's first steps turn rounding into whole steps.
@@ -49,6 +50,11 @@ class Subject:
         return self.cls(**dict(self.settings))
 
     @property
+    def classes(self) -> bool:
+        """Whether it is looked at on a classifier, in place of a language model."""
+        return "classifier" in self.cls.needs
+
+    @property
     def neutral(self) -> Subject:
         """The same method, switched off."""
         return Subject(self.cls, tuple(self.cls.neutral.items()))
@@ -63,7 +69,8 @@ class Seen:
 
     Attributes:
         weights: The model's own tensors after each task.
-        logits: [rows, L, V], what the last model answers on rows of all tasks, none of them named.
+        logits: [rows, L, V] or [rows, C], what the last model answers on rows of all tasks, none
+            of them named, after what is put before them.
         evidence: Of each task, one dictionary for each method.
         disturbed: What a verb left otherwise than it found it, in words.
         memory: (when, bytes declared, bytes in `state()`, bytes held in attributes) per method.
@@ -79,23 +86,25 @@ class Seen:
 
 
 @cache
-def rows(task: int) -> Dataset:
-    """One task's rows: equally long, with answers of 4 to 7 tokens.
+def rows(task: int, classes: bool = False) -> Dataset:
+    """One task's rows: equally long, with answers of 4 to 7 tokens, or two classes of its own.
 
     Equally long, because TRL pads each micro batch to its own longest row.
     """
     g = torch.Generator().manual_seed(100 + task)
     ids = torch.randint(6, VOCAB, (ROWS, LENGTH), generator=g).tolist()
+    if classes:
+        own = [CLASSES * task + i % CLASSES for i in range(ROWS)]
+        return Dataset.from_dict({"input_ids": ids, "labels": own})
     labels = [[-100] * (3 + i % 4) + x[3 + i % 4 :] for i, x in enumerate(ids)]
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def build_model(lora: bool, dropout: float) -> nn.Module:
+def build_model(lora: bool, dropout: float, classes: bool = False) -> nn.Module:
     """The model every run starts from; dropout shows who touches the global random numbers."""
-    model = pico.causal_lm(VOCAB)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout
-    )
+    model: Any = pico.classifier(CLASSES * TASKS) if classes else pico.causal_lm(VOCAB)
+    kind = "SEQ_CLS" if classes else "CAUSAL_LM"
+    config = LoraConfig(task_type=kind, r=4, target_modules="all-linear", lora_dropout=dropout)
     return pico.adapted(model, config) if lora else model
 
 
@@ -193,9 +202,10 @@ def build(
     dropout: float = DROPOUT,
     seed: int = 0,
     settings: dict[str, Any] = SETTINGS,
-) -> tuple[TextTrainer, Seen]:
+    classes: bool = False,
+) -> tuple[TextTrainer | ClassifierTrainer, Seen]:
     """A trainer over a fresh model, and what it will have shown."""
-    model, seen = build_model(lora, dropout), Seen()
+    model, seen = build_model(lora, dropout, classes), Seen()
     letters = string.printable[: VOCAB - len(pico.SPECIAL)]
     tokenizer = pico.tokenizer(chat=True, letters=letters)
     settings = settings | {
@@ -204,22 +214,21 @@ def build(
         "seed": seed,
     }
     trainer = build_trainer(
-        "causal_lm",
+        "classification" if classes else "causal_lm",
         model,
         tokenizer,
-        rows(0),
+        rows(0, classes),
         methods,
         settings,
         collate(tokenizer),
     )
-    assert isinstance(trainer, TextTrainer)
     if len(methods) == 1:
         trainer.strategy = Watched(methods, seen)
     return trainer, seen
 
 
 def go(
-    trainer: TextTrainer,
+    trainer: TextTrainer | ClassifierTrainer,
     seen: Seen,
     tasks: range,
     resume: Path | None = None,
@@ -230,9 +239,10 @@ def go(
 
     With `served` the model answers after each task, as it does in a real run.
     """
+    classes = isinstance(trainer, ClassifierTrainer)
     base = _base(trainer.model)
     for task in tasks:
-        trainer.learn(f"t{task}", rows(task), index=task, resume=resume)
+        trainer.learn(f"t{task}", rows(task, classes), index=task, resume=resume)
         resume = None
         own = state.own_tensors(trainer.model)
         seen.weights.append({n: t.detach().clone() for n, t in own.items()})
@@ -252,19 +262,30 @@ def _base(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def ask(trainer: TextTrainer) -> Tensor:
+def ask(trainer: TextTrainer | ClassifierTrainer) -> Tensor:
     """The answers to unknown tasks."""
     assert trainer.ctx is not None
     trainer.strategy.serve(trainer.ctx, None)
-    return answers(trainer.model)
+    return answers(trainer)
 
 
 @torch.no_grad()
-def answers(model: nn.Module) -> Tensor:
-    """[rows, L, V]: logits on the rows of all tasks."""
-    model.eval()
-    ids = torch.tensor([row["input_ids"] for task in range(TASKS) for row in rows(task)])
-    return model(input_ids=ids).logits
+def answers(trainer: TextTrainer | ClassifierTrainer) -> Tensor:
+    """[rows, L, V] or [rows, C]: logits on the rows of all tasks, after what is put before them."""
+    model: Any = trainer.model.eval()
+    every = [row["input_ids"] for task in range(TASKS) for row in rows(task)]
+    if isinstance(trainer, TextTrainer):
+        asked = [trainer.strategy.prompt(trainer.ctx, ids, 100) for ids in every]
+        if asked != every:
+            logits = [model(input_ids=torch.tensor([ids])).logits[:, -LENGTH:] for ids in asked]
+            return torch.cat(logits)
+    return model(input_ids=torch.tensor(every)).logits
+
+
+def context(trainer: Any, task: int) -> Context:
+    """A context of a task, outside its training."""
+    own = rows(task, isinstance(trainer, ClassifierTrainer))
+    return Context(trainer.model, f"t{task}", task, own, trainer.data_collator)
 
 
 @cache
@@ -277,10 +298,12 @@ def run(
     dropout: float = DROPOUT,
     seed: int = 0,
     served: bool = False,
+    classes: bool = False,
 ) -> Seen:
     """Learn the tasks one after another; use `run.__wrapped__` to really run a second time."""
     methods = [s.make() for s in strategy]
-    trainer, seen = build(methods, lora=lora, cut=cut, dropout=dropout, seed=seed)
+    classes = classes or any(s.classes for s in strategy)
+    trainer, seen = build(methods, lora=lora, cut=cut, dropout=dropout, seed=seed, classes=classes)
     go(trainer, seen, range(tasks), served=served)
     seen.logits = ask(trainer)
     return seen
@@ -292,12 +315,12 @@ def continued(subject: Subject, folder: Path, *, lora: bool) -> tuple[Seen, list
     Returns:
         What the second half showed, and what was not the same after loading as before saving.
     """
-    trainer, seen = build([subject.make()], lora=lora)
+    trainer, seen = build([subject.make()], lora=lora, classes=subject.classes)
     go(trainer, seen, range(TASKS - 1))
     state.write_tensors(folder / "weights.safetensors", state.own_tensors(trainer.model))
     state.write_methods(folder, trainer.strategy)
-    again, seen = build([subject.make()], lora=lora)
-    ctx = Context(again.model, f"t{TASKS - 2}", TASKS - 2, rows(TASKS - 2), again.data_collator)
+    again, seen = build([subject.make()], lora=lora, classes=subject.classes)
+    ctx = context(again, TASKS - 2)
     state.read_methods(folder, again.strategy, ctx)
     state.put_tensors(again.model, state.load_file(folder / "weights.safetensors"))
     pairs = zip(trainer.strategy, again.strategy, strict=True)
@@ -319,17 +342,17 @@ def _lost(old: Method, new: Method) -> list[str]:
 
 def interrupted(subject: Subject, folder: Path, *, lora: bool) -> Seen:
     """Stop in the middle of the last task, load that state into fresh objects, and go on."""
-    trainer, seen = build([subject.make()], lora=lora)
+    trainer, seen = build([subject.make()], lora=lora, classes=subject.classes)
     go(trainer, seen, range(TASKS - 1))
     state.write_tensors(folder / "weights.safetensors", state.own_tensors(trainer.model))
     state.write_methods(folder, trainer.strategy)
     stop = Event()
     trainer.progress_root = folder / "progress"
     trainer.watch(lambda step, *_: stop.set() if step == STEPS // 2 else None, 60, stop)
-    trainer.learn(f"t{TASKS - 1}", rows(TASKS - 1), index=TASKS - 1)
+    trainer.learn(f"t{TASKS - 1}", rows(TASKS - 1, subject.classes), index=TASKS - 1)
     (progress,) = trainer.progress_root.iterdir()
-    again, seen = build([subject.make()], lora=lora)
-    ctx = Context(again.model, f"t{TASKS - 2}", TASKS - 2, rows(TASKS - 2), again.data_collator)
+    again, seen = build([subject.make()], lora=lora, classes=subject.classes)
+    ctx = context(again, TASKS - 2)
     state.read_methods(folder, again.strategy, ctx)
     state.put_tensors(again.model, state.load_file(folder / "weights.safetensors"))
     go(again, seen, range(TASKS - 1, TASKS), resume=progress)
@@ -355,7 +378,7 @@ def answers_again(
         trainer.learn(f"t{task}", rows(task), index=task)
         for earlier in range(task + 1):
             trainer.strategy.serve(trainer.ctx, f"t{earlier}")
-            now = answers(trainer.model)
+            now = answers(trainer)
             if earlier == task:
                 first.append(now)
             else:

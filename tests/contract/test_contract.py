@@ -19,6 +19,7 @@ from keeptune.methods._slow import Slow
 from keeptune.methods.ewc import EWC
 from keeptune.methods.olora import OLoRA
 from keeptune.methods.osf import OSF
+from keeptune.methods.task_lora import TaskLoRA
 from partners import PARTNERS
 from stage import Subject
 
@@ -101,8 +102,13 @@ VARIANTS = [
     variant("feature_replay", module="model.norm", rows=3, strength=0.5),
     variant("pseudo_replay", ratio=0.0, general=0.5),
     variant("pseudo_replay", lora=True, ratio=0.5, general=0.3, distil=1.0, probe=4),
+    variant("task_lora", lora=True, unknown="nearest"),
+    variant("task_lora", lora=True, unknown="classifier"),
+    variant("retrieval", by="hidden", size=6),
 ]
 SERVING = [case for case in CASES + VARIANTS if case.values[0].cls.serve is not Method.serve]
+TOGETHER = [("task_lora", "retrieval")]
+ROUTERS = [Subject(TaskLoRA, (("unknown", kind),)) for kind in ("nearest", "classifier")]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
 each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)
 each_method = pytest.mark.parametrize("name", registry.names())
@@ -143,6 +149,28 @@ def test_5_goes_on_inside_a_task(subject: Subject, lora: bool, tmp_path: Path) -
 def test_6_works_beside(name: str, partner: type[Method]) -> None:
     subject = usual(name)
     clauses.works_beside(subject, partner, lora=clauses.wants_adapter(subject))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("packnet", "label_smoothing"),
+        ("packnet", "freeze"),
+        ("freeze", "replay"),
+        ("half", "replay"),
+        ("progressive", "label_smoothing"),
+    ],
+)
+def test_6_works_beside_another_method(name: str, other: str) -> None:
+    clauses.works_beside(Subject(registry.get(name)), registry.get(other), lora=False)
+
+
+@pytest.mark.parametrize("pair", TOGETHER, ids="-".join)
+def test_6_run_together(pair: tuple[str, str]) -> None:
+    one, other = (Subject(registry.get(name)) for name in pair)
+    clauses.run_together(
+        one, other, lora=clauses.wants_adapter(one) or clauses.wants_adapter(other)
+    )
 
 
 @pytest.mark.parametrize("pair", [*itertools.combinations(registry.names(), 2)], ids="-".join)
@@ -209,6 +237,16 @@ ISOLATING = [case for case in CASES if "isolation" in case.values[0].cls.traits]
 @pytest.mark.parametrize(("subject", "lora"), ISOLATING)
 def test_15_old_answers_stay(subject: Subject, lora: bool) -> None:
     clauses.old_answers_stay(subject, lora=lora)
+
+
+@each_form
+def test_16_is_served_as_it_says(subject: Subject, lora: bool, tmp_path: Path) -> None:
+    clauses.is_served_as_it_says(subject, tmp_path, lora=lora)
+
+
+@pytest.mark.parametrize("subject", ROUTERS, ids=str)
+def test_17_routes_by_the_question(subject: Subject) -> None:
+    clauses.routes_by_the_question(subject)
 
 
 # -- methods with a quadratic penalty -------------------------------------------------------------

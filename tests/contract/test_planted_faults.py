@@ -30,15 +30,17 @@ from keeptune.methods._adapters import FIRST, factors
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
 from keeptune.methods._isolate import layers
 from keeptune.methods._slow import Slow
+from keeptune.methods._writing.before import softened_kl
 from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.freeze import Freeze
-from keeptune.methods.lwf import LwF, softened_kl
+from keeptune.methods.lwf import LwF
 from keeptune.methods.olora import OLoRA, overlap_gradient
 from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
 from keeptune.methods.progressive import Progressive
 from keeptune.methods.replay import Replay
+from keeptune.methods.retrieval import Retrieval
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.methods.wise import WiSE
@@ -172,11 +174,13 @@ def test_3_same_seed_other_weights(cls: type[Method]) -> None:
 class PerMicroBatch(LwF):
     """Averages over its micro batch, so that four of them pay four times."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor:
         self._look_back(ctx)
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         with torch.no_grad():
-            old = torch.func.functional_call(ctx.model, self._teacher, (), inputs).logits
+            old = torch.func.functional_call(ctx.model, self._teacher.weights, (), inputs).logits
         new = ctx.answer_logits(outputs.logits, batch)
         return softened_kl(new, ctx.answer_logits(old, batch), self.temperature).mean()
 
@@ -1125,3 +1129,69 @@ class DoesNotGrow(OSF):
 def test_the_old_subspace_is_not_kept(cls: type[OSF], words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         subspaces.keeps_the_old_subspace(cls)
+
+
+# -- 16, 17 and what runs together ----------------------------------------------------------------
+
+
+class Behind(Partner):
+    """Answers by slow weights, which it puts in while the model runs: an export has the fast."""
+
+    _slow: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _fast: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    @torch.no_grad()
+    def after_step(self, ctx: Context) -> None:
+        for name, weight in ctx.trainable().items():
+            self._slow[name] = 0.9 * self._slow.get(name, weight) + 0.1 * weight
+
+    def serve(self, ctx: Context, task: str | None) -> None:
+        if not self._fast:
+            self._fast = {name: p.detach().clone() for name, p in ctx.trainable().items()}
+            ctx.model.register_forward_pre_hook(lambda *_: self._put(ctx, self._slow))
+            ctx.model.register_forward_hook(lambda *_: self._put(ctx, self._fast))
+
+    @torch.no_grad()
+    def _put(self, ctx: Context, weights: dict[str, Tensor]) -> None:
+        for name, weight in ctx.trainable().items():
+            weight.copy_(weights[name])
+
+
+class Joined(TaskLoRA):
+    """Serves an adapter for each task, and says that it serves one model."""
+
+    served: ClassVar[Literal["one model", "per task", "keeptune"]] = "one model"
+
+
+@pytest.mark.parametrize(
+    ("cls", "lora", "words"),
+    [(Behind, False, "is answered otherwise"), (Joined, True, "it serves one model, but")],
+)
+def test_16_serves_otherwise(cls: type[Method], lora: bool, words: str, tmp_path: Path) -> None:
+    caught(clauses.is_served_as_it_says, cls, words, tmp_path, lora=lora)
+
+
+class First(TaskLoRA):
+    """Takes every question for one of the first task."""
+
+    unknown: Literal["merge", "nearest", "classifier"] = Field("nearest", description="how")
+
+    def route(self, ctx: Context, prompts: Any) -> list[str]:
+        return ["t0" for _ in prompts]
+
+
+def test_17_routes_by_nothing() -> None:
+    with pytest.raises(AssertionError, match="0% of the questions of task 1"):
+        clauses.routes_by_the_question(Subject(First))
+
+
+class Mute(Retrieval):
+    """Keeps rows, and shows none."""
+
+    def prompt(self, ctx: Context, ids: Any, room: int) -> Any:
+        return ids
+
+
+def test_6_only_one_of_two_acts() -> None:
+    with pytest.raises(AssertionError, match="only Pull"):
+        clauses.run_together(Subject(Pull), Subject(Mute), lora=False)

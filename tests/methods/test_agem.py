@@ -178,6 +178,27 @@ def test_no_more_rows_are_kept_than_size() -> None:
     assert method.evidence()["rows_kept"] == 3
 
 
+def test_without_rows_left_nothing_is_moved() -> None:
+    model, method = Softmax([[0.0, 0.0]]), AGEM(rows=1)
+    method.end_task(context(model, OLD))
+    (buffer,) = method._buffers.values()
+    buffer.delete(list(range(len(buffer))))
+    ctx = context(model, NEW, index=1)
+    task_gradient(model, ctx, NEW)
+    before = grads(model)
+    method.gradients(ctx)
+    assert torch.equal(grads(model)[0], before[0])
+
+
+def test_a_shortfall_is_said() -> None:
+    model, method = Softmax([[0.0, 0.0]]), AGEM(rows=99)
+    method.end_task(context(model, OLD))
+    ctx = context(model, NEW, index=1)
+    task_gradient(model, ctx, NEW)
+    method.gradients(ctx)
+    assert method.evidence()["rows_short"] == 99 - len(OLD)
+
+
 def test_switched_off_it_keeps_and_does_nothing() -> None:
     model, method = Softmax([[0.0, 0.0]]), AGEM(rows=0)
     method.end_task(context(model, OLD))

@@ -12,6 +12,7 @@ from torch import Tensor
 import pico
 from keeptune.errors import MethodError
 from keeptune.methods._adapters import adapter_hash
+from keeptune.methods._questions import Router, hidden, question
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.tokens import collate
 from keeptune.trainers import build_trainer
@@ -159,3 +160,102 @@ def test_a_model_without_lora_is_refused_before_anything_runs(
             "causal_lm", model(), tokenizer, texts([6, 7]), [TaskLoRA()], settings,
             collate(tokenizer),
         )  # fmt: skip
+
+
+# -- tasks that are not told ----------------------------------------------------------------------
+
+
+def test_a_question_goes_to_the_nearest_mean_by_hand() -> None:
+    router = Router("nearest")
+    router.learn(torch.tensor([[0.0, 0.0], [2.0, 0.0]]))  # mean (1, 0)
+    router.learn(torch.tensor([[0.0, 4.0], [2.0, 4.0]]))  # mean (1, 4)
+    assert router.choose(torch.tensor([[9.0, 1.9], [-9.0, 2.1]])) == [0, 1]
+
+
+def test_the_classifier_looks_past_directions_in_which_tasks_vary() -> None:
+    # Both vary by 10 in x and by 0.1 in y; the means differ by 2 in x and by 1 in y.
+    router, near = Router("classifier"), Router("nearest")
+    for middle in ([0.0, 0.0], [2.0, 1.0]):
+        apart = torch.tensor([[10.0, 0.0], [-10.0, 0.0], [0.0, 0.1], [0.0, -0.1]])
+        router.learn(torch.tensor(middle) + apart)
+        near.learn(torch.tensor(middle) + apart)
+    asked = torch.tensor([[2.0, 0.1], [0.0, 0.9]])
+    assert router.choose(asked) == [0, 1]
+    assert near.choose(asked) == [1, 0]
+
+
+def test_the_classifier_is_linear_discriminant_analysis() -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(30, 4, generator=g) @ torch.randn(4, 4, generator=g) + i for i in range(3)]
+    router = Router("classifier")
+    for part in parts:
+        router.learn(part)
+    asked = 2 * torch.randn(200, 4, generator=g) + 1
+    within = sum((p - p.mean(0)).T @ (p - p.mean(0)) for p in parts) / 87
+    shrunk = 0.9 * within + 0.1 * within.trace() / 4 * torch.eye(4)
+    oracle = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3)
+    oracle.fit(torch.cat(parts).numpy(), [i for i in range(3) for _ in range(30)])
+    means = torch.stack([p.mean(0) for p in parts])
+    coefficients = torch.linalg.solve(shrunk, means.T)
+    # Its own covariance is put in place of the library's, which divides by n and does not shrink.
+    oracle.coef_ = coefficients.T.numpy()
+    oracle.intercept_ = -(means.T * coefficients).sum(0).numpy() / 2
+    assert router.choose(asked) == oracle.predict(asked.numpy()).tolist()
+
+
+def test_a_question_ends_where_its_answer_begins() -> None:
+    assert question({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}) == [5, 6]
+    assert question({"input_ids": [5, 6], "labels": 3}) == [5, 6]
+    assert question({"input_ids": [5, 6], "labels": [5, 6]}) == [5]
+
+
+def test_hidden_states_are_the_base_models_and_do_not_depend_on_the_batch() -> None:
+    model = pico.adapted(pico.causal_lm(16))
+    ctx, asked = context(model), [[6, 7, 8], [9], [10, 11, 12, 13, 14]]
+    with torch.no_grad(), model.disable_adapter():
+        states = [
+            model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+            for ids in asked
+        ]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for at, pick in (("last", lambda s: s[-1]), ("mean", lambda s: s.mean(0))):
+        got = hidden(ctx, asked, at)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, torch.stack([pick(s) for s in states]))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert model.active_adapters == ["default"]
+
+
+def routed(kind: str) -> tuple[Any, TaskLoRA]:
+    """A model that has learned two tasks whose questions have other words."""
+    model, method = pico.adapted(pico.causal_lm(32)), TaskLoRA(unknown=kind)
+    for index, words in enumerate(([6, 7, 8, 9], [20, 21, 22, 23])):
+        rows = texts(*[[a, b, 30, 31] for a in words for b in words], answer_from=2)
+        ctx = context(model, rows, task=f"t{index}", index=index)
+        method.begin_task(ctx)
+        method.end_task(ctx)
+        assert method.evidence()["own_questions_known"] == 1.0
+    return model, method
+
+
+@pytest.mark.parametrize("kind", ["nearest", "classifier"])
+def test_new_questions_are_sent_to_their_task(kind: str) -> None:
+    model, method = routed(kind)
+    asked = [[6, 9, 7], [21, 23], [8, 8, 8, 6], [22, 20, 20]]
+    assert method.route(context(model), asked) == ["t0", "t1", "t0", "t1"]
+    kept = method.state()
+    again = TaskLoRA(unknown=kind)
+    again.restore(context(model), kept)
+    assert again.route(context(model), asked) == ["t0", "t1", "t0", "t1"]
+    size = 32 * 2 if kind == "nearest" else 32 * 2 + 32 * 32
+    assert method.declared_bytes(context(model)) == 4 * size
+    assert sum(t.nbytes for t in kept.tensors.values()) == 4 * size
+
+
+def test_nothing_is_chosen_among_fewer_than_two_or_by_merge() -> None:
+    model, method = routed("nearest")
+    assert TaskLoRA().route(context(model), [[6]]) is None
+    assert TaskLoRA(unknown="nearest").route(context(model), [[6]]) is None
+    method._adapters.popitem()
+    assert method.route(context(model), [[6]]) is None

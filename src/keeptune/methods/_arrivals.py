@@ -65,7 +65,8 @@ def mixed(
 ) -> tuple[Dataset, dict[str, Any]]:
     """A stream with rows that come back, in the order in which they are learned, and evidence.
 
-    The buffer, a reservoir, is left as it is at the stream's end.
+    The buffer, a reservoir, stays as it is, so that a run which goes on inside the stream finds it
+    so. Shown the task's rows with `ctx.random("reservoir")`, it will hold what the last step left.
 
     Raises:
         MethodError: A step has no room for a row of each kind.
@@ -100,14 +101,13 @@ def mixed(
         "rows_repeated": len(old) - len(np.unique(old)),
         "rows_new": new,
         "rows_kept": kept,
+        "bytes_on_disk": buffer.on_disk(),
         "rows_short": max(0, round(ratio * new) - len(old)),
     }
     # What comes back of what was kept before, each row once, in front of the stream's own.
     wanted = np.unique(of_earlier)
     dataset = dataset.select_columns(COLUMNS) if len(old) else dataset
     every = [buffer.rows(wanted.tolist(), dataset)] if len(wanted) else []
-    # By the same random numbers as in `numbered`, and so the same rows.
-    buffer.add(dataset, ctx.task, ctx.random("reservoir"))
     if not len(old):
         return dataset, evidence
     order = np.concatenate([numbers for step in steps for numbers in step])

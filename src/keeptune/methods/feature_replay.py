@@ -10,9 +10,10 @@ Cost: for each kept row 2 bytes · hidden size · tokens (a classifier that keep
     through the layers above. One forward over the task's rows at its end.
 Use when: the lower layers shall stay as they are anyway; or old inputs may not be kept as they
     are, and their answers may.
-Not when: raw text may be kept: replay needs a hundredth of the place and trains all layers. It is
-    no protection of privacy: features can be turned back into much of the input, the less the
-    higher the layer, and the labels of a language model are its answers, word for word.
+Not when: raw text may be kept: replay needs hundreds of times less place and trains all layers. It
+    is no protection of privacy: features can be turned back into much of the input, the less the
+    higher the layer; the labels of a language model are its answers, word for word; and `keeptune
+    forget` finds a row by its task or its answer, not by what was asked, which is not kept.
 Differs from the paper: features are float16, not quantised by a codebook as in REMIND; the weights
     below are frozen from the second task on, not slowed down; old and new examples are two terms,
     not one batch. What lies below is found by differentiation, so that tied weights are frozen too.
@@ -112,7 +113,7 @@ class FeatureReplay(Method):
                 f"{ctx.task!r}, though it froze them. Remove the method that trains them."
             )
         drawn = self._buffer.draw(self.rows, ctx.random("feature_replay", ctx.step))
-        batch = ctx.batch(list(self._buffer.rows(drawn, ctx.dataset)))
+        batch = ctx.batch(self._buffer.examples(drawn))
         values = torch.from_numpy(self._buffer.extras(drawn)["features"]).to(ctx.device)
         batch[FEATURES] = as_batch(values, mask_of(batch))
         with put_in(module) as logits_of:
@@ -127,17 +128,16 @@ class FeatureReplay(Method):
     def end_task(self, ctx: Context) -> None:
         """Take down features of the task's rows, and train again what was trained before."""
         if self.strength:
-            rows = without_inputs(ctx)
             self._buffer.add(
-                rows,
+                without_inputs(ctx),
                 ctx.task,
                 ctx.random("reservoir"),
                 extras=lambda numbers: {"features": features(ctx, self._module(ctx), numbers)},
+                folder=ctx.folder,
             )
             self._evidence["rows_kept"] = len(self._buffer)
-        weights = dict(ctx.model.named_parameters())
         for name in self._frozen:
-            weights[name].requires_grad_(True)
+            ctx.model.get_parameter(name).requires_grad_(True)
         self._frozen = []
 
     def state(self) -> State:
@@ -146,7 +146,7 @@ class FeatureReplay(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take them back."""
-        self._buffer.restore(state)
+        self._buffer.restore(state, ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """Of each token its features in 16 bits, its label and a bit; of each row its length."""

@@ -8,7 +8,7 @@ Equation: L(w; B_t) + CE(w; B_M) + strength · mean (h(B_M; w) − h(B_M; s))²,
 Changes: gradients, after_step, end_task, serve
 Cost: one copy of the trained weights in float32 (adapters only, under LoRA), a second one while the
     model answers, and `size` rows; in each step a forward and backward of the fast weights and a
-    forward of the slow ones on `rows` old rows, together 1.5 of a step's time for as many rows.
+    forward of the slow ones on `rows` old rows, together 1.6 of a step's time for as many rows.
 Use when: some old rows may be kept, and a little time is to be had for more than replay alone.
 Not when: no old rows may be kept (ema), or tasks are shorter than about 1 / (1 − decay) steps.
 Differs from the paper: a row is chosen for the buffer when its task ends, not as it is trained on.
@@ -21,6 +21,7 @@ Status: contract tested
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -122,7 +123,11 @@ class ILoRA(Slow):
     def _slow_states(self, ctx: Context, batch: Batch) -> tuple[Tensor, ...]:
         weights = self._followed(ctx)
         slow = {name: self._slow[name].to(weight.dtype) for name, weight in weights.items()}
-        inputs = {k: v for k, v in batch.items() if k != "labels"} | {"output_hidden_states": True}
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        inputs["output_hidden_states"] = True
+        base = getattr(ctx.model, "get_base_model", lambda: ctx.model)()
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+            inputs["logits_to_keep"] = 1  # nobody reads them
         ctx.model.eval()
         states = functional_call(ctx.model, slow, (), inputs, tie_weights=True).hidden_states
         ctx.model.train()
@@ -132,19 +137,18 @@ class ILoRA(Slow):
         """Keep rows of the task."""
         super().end_task(ctx)
         if self.rows:
-            self._buffer.add(ctx.dataset, ctx.task, ctx.random("reservoir"))
+            random = ctx.random("reservoir")
+            self._buffer.add(ctx.dataset, ctx.task, random, folder=ctx.folder)
 
     def state(self) -> State:
         """The slow weights and the kept rows."""
-        slow, rows = super().state(), self._buffer.state()
-        tensors = {f"rows/{name}": tensor for name, tensor in rows.tensors.items()}
-        return State(slow.tensors | tensors, slow.values | {"rows": rows.values})
+        slow, rows = super().state(), self._buffer.state().under("rows")
+        return State(slow.tensors | rows.tensors, slow.values, rows.files)
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the slow weights and the kept rows back."""
         super().restore(ctx, state)
-        rows = {n[5:]: t for n, t in state.tensors.items() if n.startswith("rows/")}
-        self._buffer.restore(State(rows, state.values["rows"]))
+        self._buffer.restore(state.part("rows"), ctx.folder)
 
     def declared_bytes(self, ctx: Context) -> int:
         """The slow weights and the kept rows."""

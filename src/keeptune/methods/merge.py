@@ -45,8 +45,8 @@ def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
     if cosine.abs() > 0.9995:
         return torch.lerp(one, other, share)
     angle = cosine.acos()
-    along: Tensor = ((1 - share) * angle).sin() * one + (share * angle).sin() * other
-    return along / angle.sin()
+    begun, ended = ((1 - share) * angle).sin(), (share * angle).sin()
+    return torch.div(begun * one + ended * other, angle.sin())
 
 
 def merged(vectors: list[Tensor], form: Form, density: float) -> Tensor:
@@ -57,13 +57,16 @@ def merged(vectors: list[Tensor], form: Form, density: float) -> Tensor:
             found = slerp(found, vector, 1 / number)
         return found
     equal = torch.ones(len(vectors), dtype=vectors[0].dtype, device=vectors[0].device)
+    total: Tensor
     if form == "task_arithmetic":
-        summed: Tensor = merge_utils.task_arithmetic(vectors, equal)
-        return summed
-    ways = {"ties": "ties", "dare": "dare_linear", "dare_ties": "dare_ties"}
-    found = getattr(merge_utils, ways[form])(vectors, equal, density)
-    assert isinstance(found, Tensor)
-    return found
+        total = merge_utils.task_arithmetic(vectors, equal)
+    elif form == "ties":
+        total = merge_utils.ties(vectors, equal, density)
+    elif form == "dare":
+        total = merge_utils.dare_linear(vectors, equal, density)
+    else:
+        total = merge_utils.dare_ties(vectors, equal, density)
+    return total
 
 
 class Merge(Method):
@@ -107,8 +110,7 @@ class Merge(Method):
         self._ends.append(_copy(ctx))
         if len(self._ends) < 2:
             return
-        weights = ctx.trainable()
-        squares, worst = 0.0, 0.0
+        weights, squares, worst = ctx.trainable(), 0.0, 0.0
         devices = [ctx.device] if ctx.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(ctx.random(self.form).integers(2**63)))

@@ -6,7 +6,7 @@ Equation: L(A_t, B_t) + strength · Σ_{i<t} Σ_jk |(A_i A_tᵀ)_jk| + norm_stre
     summed over the adapted matrices, with W = W_0 + Σ_{i≤t} scale · B_i A_i
 Changes: begin_task, gradients, end_task
 Cost: as inc_lora, one adapter more with each task in memory and in every step; the terms
-    themselves, in closed form, about 0.002 of a LoRA step for one earlier adapter.
+    themselves, in closed form, about 0.003 of a LoRA step for one earlier adapter.
 Use when: no old data may be kept, tasks differ, and the task is not known when the model answers.
 Not when: tasks are many or alike: what is kept free for old ones is lost to new ones, and the
     paper's own logs show that new tasks are learned less well.

@@ -7,7 +7,7 @@ Equation: for task t: train the weights that no task owns; of these set in each 
     its owner, and serve(k) sets w_ij to 0 where owner_ij > k
 Changes: begin_task, gradients, after_step, end_task, serve
 Cost: one byte for each weight; while a task after the first is learned, two and a copy of the
-    weights. Every gradient is masked, at about 0.01 of a step; weights are put back after those
+    weights. Every gradient is masked, at about 0.02 of a step; weights are put back after those
     steps that moved them: after pruning, with weight decay, or beside methods that edit weights.
 Use when: the task is known when the model answers, its answers must never change by one bit, and
     the number of tasks is small: each takes 1 − prune of what is left.
@@ -22,7 +22,7 @@ Status: contract tested
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -55,6 +55,7 @@ class PackNet(Method):
     active_from: ClassVar[int] = 0
     traits: ClassVar[frozenset[str]] = frozenset({"isolation"})
     excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "restart", "structure"})
+    served: ClassVar[Literal["one model", "per task", "keeptune"]] = "per task"
 
     _owned: Owned = PrivateAttr(default_factory=Owned)
     _owners: dict[str, int] = PrivateAttr(default_factory=dict)

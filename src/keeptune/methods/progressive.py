@@ -22,7 +22,7 @@ Status: contract tested
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -40,6 +40,7 @@ class Progressive(Method):
     active_from: ClassVar[int] = 0
     traits: ClassVar[frozenset[str]] = frozenset({"isolation", "structure"})
     excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "freeze", "restart", "structure"})
+    served: ClassVar[Literal["one model", "per task", "keeptune"]] = "keeptune"
 
     _numbers: dict[str, int] = PrivateAttr(default_factory=dict)
 

@@ -122,9 +122,7 @@ class Replay(Method):
         return self._buffer.beside(dataset, drawn)
 
     def end_task(self, ctx: Context) -> None:
-        """Show the task's rows to the buffer, unless they came as a stream."""
-        if ctx.online:
-            return
+        """Show the task's rows to the buffer."""
         values = None
         if self.policy == "surprise":
             values = losses(ctx)

@@ -2,40 +2,61 @@
 
 Paper: Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685 ; one module per task as in Rusu et
     al. 2016, Progressive neural networks, https://arxiv.org/abs/1606.04671
-Equation: W_t = W_0 + scale · B_t A_t for task t; for an unknown task W_0 + mean_t scale · B_t A_t
-Changes: begin_task, serve
+Equation: W_t = W_0 + scale · B_t A_t for task t; of an unknown task: W_0 + mean_t scale · B_t A_t
+    (merge), or t = argmin_t ‖h − μ_t‖ (nearest), or t = argmax_t μ_tᵀ Σ⁻¹ h − ½ μ_tᵀ Σ⁻¹ μ_t
+    (classifier), with h the base model's last hidden state at the end of the question
+Changes: begin_task, end_task, serve, route
 Cost: one adapter per task, rank · (in + out) floats for each adapted matrix; no time per step.
-Use when: the task is known when the model answers: old tasks cannot be forgotten at all.
-Not when: tasks should help each other, or one model must serve an unknown task well.
-Differs from the paper: adapters are independent (no lateral connections); for an unknown task the
-    mean of all updates is served, joined exactly by stacking the factors.
+    nearest keeps d floats a task for hidden size d, classifier also d²; both read up to 512
+    questions when a task ends, and each question once more before it is answered.
+Use when: the task is known when the model answers, or can be told from the question: old tasks
+    cannot be forgotten at all.
+Not when: tasks should help each other, or their questions look alike and the task is not known.
+Differs from the paper: adapters are independent (no lateral connections). Neither paper has unknown
+    tasks: merge joins all updates exactly by stacking the factors; classifier is linear
+    discriminant analysis as in Hayes and Kanan 2020, https://arxiv.org/abs/1909.01520 , a tenth of
+    Σ spread evenly. A question about none of the tasks gets the adapter of one of them as well.
 Status: contract tested
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from keeptune.errors import MethodError
-from keeptune.method import Context, Method, State
+from keeptune.method import Context, Ids, Method, State
 from keeptune.methods._adapters import FIRST, adapter_hash, add_adapter
+from keeptune.methods._questions import Router, hidden, questions
 
 MERGED = "merged"
+MOST = 512  # questions of a task that a router learns from
 
 
 class TaskLoRA(Method):
     """A fresh adapter for each task; `serve` picks it by the task's name."""
+
+    unknown: Literal["merge", "nearest", "classifier"] = Field(
+        "merge", description="what answers when the task is unknown: all adapters, or a chosen one"
+    )
 
     proof: ClassVar[str] = "adapters"
     active_from: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"adapter"})
     traits: ClassVar[frozenset[str]] = frozenset({"isolation", "structure"})
     excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "restart", "structure"})
+    served: ClassVar[Literal["one model", "per task", "keeptune"]] = "per task"
 
     _adapters: dict[str, str] = PrivateAttr(default_factory=dict)
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
+    _router: Router | None = PrivateAttr(None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Start with a router that knows nothing."""
+        super().model_post_init(context)
+        self._router = None if self.unknown == "merge" else Router(self.unknown)
 
     def begin_task(self, ctx: Context) -> None:
         """Add and train one more adapter."""
@@ -62,6 +83,18 @@ class TaskLoRA(Method):
                     "learned. Another method in the strategy must be editing it; remove that one."
                 )
         self._evidence.update(adapters=len(self._adapters), identical=len(self._hashes))
+        if self._router is not None:
+            features = hidden(ctx, questions(ctx, MOST))
+            self._router.learn(features)
+            own = [i == len(self._hashes) for i in self._router.choose(features)]
+            self._evidence["own_questions_known"] = sum(own) / len(own)
+
+    def route(self, ctx: Context, prompts: Sequence[Ids]) -> list[str] | None:
+        """The task whose questions look most like each of these."""
+        if self._router is None or len(self._adapters) < 2:
+            return None
+        names = list(self._adapters)
+        return [names[i] for i in self._router.choose(hidden(ctx, prompts))]
 
     def serve(self, ctx: Context, task: str | None) -> None:
         """The task's adapter; for an unknown task the mean of all."""
@@ -79,14 +112,27 @@ class TaskLoRA(Method):
             model.set_adapter(MERGED, inference_mode=True)
 
     def state(self) -> State:
-        """Which adapter belongs to which task; their weights are the model's."""
-        return State(values={"adapters": self._adapters, "hashes": self._hashes})
+        """Which adapter belongs to which task, whose weights are the model's; the router."""
+        values = {"adapters": self._adapters, "hashes": self._hashes}
+        if self._router is None:
+            return State(values=values)
+        return State(dict(self._router.tensors), values | {"questions": self._router.seen})
 
     def restore(self, ctx: Context, state: State) -> None:
         """Add the adapters again; their weights are loaded after this."""
         model: Any = ctx.model
         self._adapters = dict(state.values["adapters"])
         self._hashes = dict(state.values["hashes"])
+        if self._router is not None:
+            self._router.tensors = dict(state.tensors)
+            self._router.seen = int(state.values["questions"])
         for name in self._adapters.values():
             if name not in model.peft_config:
                 add_adapter(ctx, name)
+
+    def declared_bytes(self, ctx: Context) -> int:
+        """What the router knows: d floats a task, and for the classifier d² once."""
+        if self._router is None or not self._router.tensors:
+            return 0
+        tasks, size = self._router.tensors["means"].shape
+        return 4 * size * (tasks + (size if self.unknown == "classifier" else 0))

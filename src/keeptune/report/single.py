@@ -59,6 +59,15 @@ class EvidenceTable:
 
 
 @dataclass(frozen=True)
+class RouteRow:
+    """Of a task's questions, the share taken for its own, and what the others are taken for."""
+
+    task: str
+    right: float
+    others: str
+
+
+@dataclass(frozen=True)
 class CostRow:
     """Seconds, share of all seconds, tokens, tokens per second of one kind of phase."""
 
@@ -86,6 +95,7 @@ class RunView:
     guards: list[DotPlot]
     metrics: list[MetricRow]
     evidence: list[EvidenceTable]
+    routes: list[RouteRow]
     flips: list[Flips]
     contradictions: list[Contradiction]
     cost: list[CostRow]
@@ -116,6 +126,7 @@ def run_view(group: Group, position: int, flips_shown: int) -> RunView:
         guards=_guards(summary),
         metrics=metric_rows(group.metrics),
         evidence=_evidence(folder),
+        routes=_routes(folder),
         flips=flips(results, flips_shown),
         contradictions=contradictions(results),
         cost=rows,
@@ -177,6 +188,18 @@ def _evidence(folder: RunFolder) -> list[EvidenceTable]:
             EvidenceTable(method.name, settings, method.proof, method.is_neutral, since, rows)
         )
     return tables
+
+
+def _routes(folder: RunFolder) -> list[RouteRow]:
+    """Where questions go whose task is not told, after the last task."""
+    routes = folder.routes(folder.rows_done - 1)
+    if routes is None:
+        return []
+    rows = []
+    for task, chosen in routes.tasks.items():
+        others = {name: n for name, n in chosen.items() if name != task}
+        rows.append(RouteRow(task, routes.right(task), figure(others)))
+    return rows
 
 
 def figure(value: Any) -> str:

@@ -45,13 +45,12 @@ class Stock:
 
     def state(self) -> State:
         """The rows."""
-        kept = self._rows.state()
-        return State(kept.tensors, {"of": self.of, "rows": kept.values})
+        return State(self._rows.state().tensors, {"of": self.of})
 
     def restore(self, state: State) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave; further tensors in it are passed over."""
         self.of = int(state.values["of"])
-        self._rows.restore(State(state.tensors, state.values["rows"]))
+        self._rows.restore(state)
 
     @property
     def nbytes(self) -> int:
