@@ -60,7 +60,7 @@ class Answers:
 
     def chunks(self, parts: int = 1) -> Iterator[slice]:
         """Spans of answers; so many [chunk, V] fit into the room that is set."""
-        return spans(0, len(self), self.vocabulary, self.values.device, parts)
+        return spans(len(self), self.vocabulary, self.values.device, parts)
 
     @torch.no_grad()
     def logits(self, span: slice) -> Tensor:

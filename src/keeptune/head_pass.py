@@ -17,10 +17,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from keeptune.answers import Answers
 
-# Numbers in the logits of one chunk, and in those of a block of it.
-CHUNK = 2**23
-CHUNK_ON_A_GPU = 2**26
-BLOCKS = 16  # in a chunk
+# Numbers in the logits of one chunk at most, and answers in it: more make products no faster.
+CHUNK, ANSWERS = 2**23, 128
+CHUNK_ON_A_GPU, ANSWERS_ON_A_GPU = 2**26, 4096
+BLOCK = 2**18  # numbers that are worked on at a time; on a GPU a whole chunk
 
 
 class Term(Protocol):
@@ -84,22 +84,20 @@ class CrossEntropy:
         return values, torch.ones_like(values), torch.full_like(log_p, -1)
 
 
-def spans(
-    start: int, stop: int, vocabulary: int, device: torch.device, parts: int
-) -> Iterator[slice]:
-    """Cut answers so that a part of a chunk's room takes the logits of each span.
+def spans(count: int, vocabulary: int, device: torch.device, parts: int) -> Iterator[slice]:
+    """Cut answers into chunks.
 
     Args:
-        start: The first answer.
-        stop: The one after the last.
+        count: How many there are.
         vocabulary: Entries of an answer.
         device: Where they are.
-        parts: How many such spans a chunk's room takes.
+        parts: How many arrays [chunk, V] are needed at a time.
     """
-    room = CHUNK if device.type == "cpu" else CHUNK_ON_A_GPU
-    size = max(1, room // (vocabulary * parts))
-    for begin in range(start, stop, size):
-        yield slice(begin, min(begin + size, stop))
+    on_cpu = device.type == "cpu"
+    room, most = (CHUNK, ANSWERS) if on_cpu else (CHUNK_ON_A_GPU, ANSWERS_ON_A_GPU)
+    size = max(1, min(most, room // (vocabulary * parts)))
+    for begin in range(0, count, size):
+        yield slice(begin, min(begin + size, count))
 
 
 @dataclass
@@ -131,41 +129,43 @@ class Work:
     def turn(self, span: slice, logits: Tensor) -> None:
         """Make of a chunk's logits the gradient with respect to them."""
         given = [term.given(span) if term.dense else None for term, _ in self.terms]
-        for block in spans(0, len(logits), logits.shape[1], logits.device, BLOCKS):
+        n, vocabulary = logits.shape
+        size = max(1, BLOCK // vocabulary) if logits.device.type == "cpu" else n
+        for begin in range(0, n, size):
+            block = slice(begin, min(begin + size, n))
             at = slice(span.start + block.start, span.start + block.stop)
-            part = self._block(at, logits[block], [g if g is None else g[block] for g in given])
-            logits[block] = part
+            self._turn_block(at, logits[block], [g if g is None else g[block] for g in given])
 
-    def _block(self, span: slice, logits: Tensor, given: list[Tensor | None]) -> Tensor:
-        """The gradient with respect to a block's logits, which are changed."""
+    def _turn_block(self, span: slice, logits: Tensor, given: list[Tensor | None]) -> None:
+        """As `turn`, for so few answers that all that is done to them is done in the cache."""
         picked = [None if t.dense else logits.gather(1, t.ids(span)) for t, _ in self.terms]
         logits.sub_(top := logits.amax(1, keepdim=True))
         raised = _raised(logits, {term.temperature for term, _ in self.terms})
-        parts = []
+        parts: list[tuple[Tensor, Tensor]] = []  # arrays and what each line is multiplied by
+        pulls: list[tuple[Tensor, Tensor]] = []
         for temperature, part in raised.items():
             z = part.sum(1)
-            log_z, share, pulls = z.log(), torch.zeros_like(z), []
+            log_z, share = z.log(), torch.zeros_like(z)
             for i, (term, weights) in enumerate(self.terms):
                 if term.temperature != temperature:
                     continue
-                weight, at, other = weights[span], picked[i], given[i]
+                weight, at = weights[span, None], picked[i]
                 if at is not None:
                     log_p = (at - top) / temperature - log_z[:, None]
                     self.values[i][span], own, pull = term.of(span, log_p)
-                    share += weight * own
-                    pulls.append((term.ids(span), pull * weight[:, None]))
+                    share += weight[:, 0] * own
+                    pulls.append((term.ids(span), pull * weight))
                 else:
                     log_p = (logits / temperature).sub_(log_z[:, None])
-                    self.values[i][span], pull = term.of(other, log_p)
-                    parts.append(pull.mul_(weight[:, None]))
-            part.mul_((share / z)[:, None])
-            for ids, pull in pulls:
-                part.scatter_add_(1, ids, pull)
-            parts.append(part)
-        total: Tensor = parts.pop()
-        for other in parts:
-            total.add_(other)
-        return total
+                    self.values[i][span], pull = term.of(given[i], log_p)
+                    parts.append((pull, weight))
+            parts.append((part, (share / z)[:, None]))
+        first, factor = parts.pop()
+        torch.mul(first, factor, out=logits)
+        for part, factor in parts:
+            logits.addcmul_(part, factor)
+        for ids, pull in pulls:
+            logits.scatter_add_(1, ids, pull)
 
 
 def _raised(logits: Tensor, temperatures: set[float]) -> dict[float, Tensor]:
@@ -217,6 +217,7 @@ class _Pass(torch.autograd.Function):
                 own.addmm_(gradient.T, values[span])
             elif own is not None:
                 own += gradient.T @ values[span]
+            del logits, gradient  # or the next chunk's would be there beside this one's
         ctx.found = [room, own, of_b]
         ctx.types = [None if t is None else t.dtype for t in (values, weight, bias)]
         pairs = zip(work.values, work.terms, strict=True)

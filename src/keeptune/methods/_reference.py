@@ -141,9 +141,17 @@ def inner_products(gradients: Sequence[Gradient]) -> Tensor:
     for tensors in zip(*gradients, strict=True):
         flat = [tensor.reshape(-1) for tensor in tensors]
         for span in blocks(flat[0]):
-            block = wide(torch.stack([values[span] for values in flat]))
-            total += (block @ block.T).to(total.device)
+            block = [wide(values[span]) for values in flat]
+            total += _products(block).to(total.device)
     return total.cpu()
+
+
+def _products(values: list[Tensor]) -> Tensor:
+    if len(values) > 2:
+        stacked = torch.stack(values)
+        return stacked @ stacked.T
+    # Of two, nothing is copied.
+    return torch.stack([one @ other for one in values for other in values]).view(len(values), -1)
 
 
 def angle(dot: float, one: float, other: float) -> float:
