@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import pico
 from keeptune import state
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import ADDED, Chain
+from keeptune.method import ADDED
 from keeptune.methods._isolate import layers
 from keeptune.methods._isolate.bottlenecks import Bottleneck, feed_forward
 from keeptune.methods.adapters import Adapters

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import ADDED, Chain
+from keeptune.method import ADDED
 from keeptune.methods.progressive_prompts import ProgressivePrompts
 from keeptune.methods.prompt import PromptTuning
 from pencil import context, learn

@@ -12,8 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pico
 from keeptune import likelihood, state
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import ADDED, Chain
+from keeptune.method import ADDED
 from keeptune.methods.packnet import PackNet
 from keeptune.methods.prompt import PromptTuning
 from pencil import context, learn
