@@ -61,6 +61,9 @@ def methods_table(folder_of_cards: str) -> str:
     return table(("method", "what it does", "use when"), lines)
 
 
+QUOTES = '""'  # an empty text, in YAML
+
+
 def method_page(cls: type[Method]) -> str:
     """A method's card with its settings and what proves that it was active."""
     shown = card(cls)
@@ -72,7 +75,7 @@ def method_page(cls: type[Method]) -> str:
     parts.append("## Settings\n")
     if settings:
         parts.append(table(("setting", "default", "allowed", "meaning"), settings))
-        example = ", ".join(f"{n}: {d}" for n, d, _, _ in method_settings(cls))
+        example = ", ".join(f"{n}: {d or QUOTES}" for n, d, _, _ in method_settings(cls))
         parts.append(f"```yaml\nmethods:\n  - {cls.name()}: {{{example}}}\n```\n")
     else:
         parts.append(f"None.\n\n```yaml\nmethods: [{cls.name()}]\n```\n")

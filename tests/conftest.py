@@ -11,9 +11,22 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Of several processes one has all tests of a file, because they share what is made once; and of
+    # the contract all clauses of a method, because equal runs are run once.
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        name = given.get("name")
+        if "subject" in given:
+            name = given["subject"].cls.name()
+        clause = name and item.path.name == "test_contract.py"
+        item.add_marker(pytest.mark.xdist_group(str(name if clause else item.path)))
 
 
 def pytest_collection_finish() -> None:

@@ -95,6 +95,13 @@ EVERYWHERE = tuple(PLACES)[1:]
 WHOLE = tuple(name for name in EVERYWHERE if name != "fsdp")
 
 
+class Backwards(Method):
+    """Has the rows that others add trained on first; there are no steps for all."""
+
+    def data(self, ctx: Context, dataset: Dataset) -> Dataset:
+        return dataset.select(range(len(dataset) - 1, -1, -1))
+
+
 class Spring(Method):
     """A pull towards the weights before the task, and a shrinking by the learning rate, on shards.
 
@@ -168,7 +175,7 @@ CASES = {
     "plain, LoRA": Case(lora=True),
     "spring": Case(lambda: [Spring()]),
     "spring, LoRA": Case(lambda: [Spring()], lora=True),
-    "smooth + replay": Case(lambda: [Smooth(), Replay()]),
+    "smooth + replay": Case(lambda: [Smooth(), Replay(), Backwards()]),
     "task_lora": Case(lambda: [TaskLoRA()], lora=True, places=("ddp",)),
     "half": Case(lambda: [Half()], places=WHOLE),
     "freeze, cached": Case(lambda: [Freeze(cache=True)], places=("accumulated", "ddp")),
@@ -196,7 +203,7 @@ CASES = {
     "der_pp": Case(lambda: [DERpp(rows=5, strength=5.0)], places=WHOLE),
     # In bf16 another token would be drawn where two are nearly as likely.
     "pseudo_replay": Case(
-        lambda: [PseudoReplay(ratio=0.0, general=0.1, distil=1.0, perplexity=1e3)],
+        lambda: [PseudoReplay(ratio=0.0, general=0.5, distil=1.0, perplexity=1e6), Backwards()],
         places=("accumulated", "checkpointed", "ddp"),
     ),
     # In bf16 another angle between two gradients is no rounding of what a projection does.

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 import pico
 from keeptune import report, state
+from keeptune.chain import Chain
 from keeptune.cli import app
 from keeptune.disk import finish_replacing, locked, new_folder, verify
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError
 from keeptune.folder import Cell, Example, RunFolder
 from keeptune.forgetting import FORGOTTEN, forget
-from keeptune.method import Chain, Method
+from keeptune.method import Method
 from keeptune.methods.gem import GEM
 from keeptune.methods.replay import Replay
 from keeptune.recipe import parse_recipe

@@ -14,8 +14,11 @@ from torch import Tensor
 import pico
 from keeptune import models
 from keeptune.method import Method
+from keeptune.methods.adapters import Adapters
 from keeptune.methods.packnet import PackNet
 from keeptune.methods.progressive import Progressive
+from keeptune.methods.progressive_prompts import ProgressivePrompts
+from keeptune.methods.prompt import PromptTuning
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.tokens import collate
 from keeptune.trainers import build_trainer
@@ -42,9 +45,17 @@ def answers(model: Any) -> Tensor:
     return model.eval()(input_ids=torch.tensor(WORDS)).logits
 
 
-@pytest.mark.parametrize(
-    "method", [PackNet(), Progressive(rank=2), TaskLoRA()], ids=lambda m: m.name()
+METHODS = (
+    Adapters(rank=2),
+    PackNet(),
+    Progressive(rank=2),
+    ProgressivePrompts(),
+    PromptTuning(),
+    TaskLoRA(),
 )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name())
 def test_old_answers_are_bit_identical_after_four_tasks(
     method: Method, loaded: models.Loaded, tmp_path: Any
 ) -> None:

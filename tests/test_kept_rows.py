@@ -190,7 +190,7 @@ def test_what_did_not_change_is_linked_and_not_written_again(
     tmp_path: Path, written: list[int]
 ) -> None:
     from keeptune import state
-    from keeptune.method import Chain
+    from keeptune.chain import Chain
     from keeptune.methods.replay import Replay
     from pencil import Softmax, context
 

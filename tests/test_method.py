@@ -16,8 +16,9 @@ from torch import Tensor
 
 import pico
 from keeptune.cards import CARD_KEYS, card
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Batch, Chain, Context, Method, State
+from keeptune.method import Batch, Context, Method, State
 from keeptune.methods.ewc import EWC
 from keeptune.methods.joint import Joint
 from keeptune.methods.lwf import LwF

@@ -11,8 +11,9 @@ import pytest
 import keeptune
 import keeptune.methods
 from keeptune import registry
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Chain, Method
+from keeptune.method import Method
 from keeptune.methods.ewc import EWC
 from pencil import Softmax, context
 

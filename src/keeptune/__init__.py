@@ -12,7 +12,7 @@ from typing import Any
 
 # Nothing heavy is imported until it is asked for: `keeptune --help` must answer at once.
 _HOMES = {
-    "Chain": "keeptune.method",
+    "Chain": "keeptune.chain",
     "Context": "keeptune.method",
     "Guard": "keeptune.guard",
     "Method": "keeptune.method",

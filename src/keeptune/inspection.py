@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from keeptune.chain import Chain
 from keeptune.errors import KeeptuneError
-from keeptune.method import Chain
 from keeptune.recipe import Recipe
 from keeptune.runs import quiet
 from keeptune.session import open_session, read_plan

@@ -14,9 +14,10 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from keeptune.answers import Answers
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
 from keeptune.head_pass import CrossEntropy
-from keeptune.method import IGNORED, Batch, Chain, Context, Method
+from keeptune.method import IGNORED, Batch, Context, Method
 from keeptune.reading import find_head
 
 _OUTPUTS = {"logits", "answers"}

@@ -159,7 +159,7 @@ def _raise(problems: Iterator[str]) -> None:
 
 def _method_problems(recipe: Recipe) -> Iterator[str]:
     from keeptune import privacy, registry
-    from keeptune.method import Chain
+    from keeptune.chain import Chain
 
     built = []
     for index, (name, settings) in enumerate(recipe.strategy):

@@ -16,12 +16,12 @@ from types import FrameType
 import datasets
 import transformers
 
+from keeptune.chain import Chain
 from keeptune.disk import locked, write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
 from keeptune.folder import DataInfo, Kind, Phase, RunFolder, RunInfo, refuse_full
 from keeptune.loop import Loop
 from keeptune.machine import provenance
-from keeptune.method import Chain
 from keeptune.progress import Progress, Silent
 from keeptune.recipe import Recipe, dump, load_recipe, parse_recipe, resolve
 from keeptune.session import Session, open_session, read_plan

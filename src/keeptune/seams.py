@@ -34,10 +34,11 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from keeptune import state
+from keeptune.chain import Chain
 from keeptune.disk import new_folder
 from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
 from keeptune.loss_terms import LossTerms
-from keeptune.method import OPTIONS, Chain, Context, Method
+from keeptune.method import OPTIONS, Context, Method
 
 # What a stream that is seen once needs of the trainer's arguments.
 ONLINE = {"num_train_epochs": 1, "max_steps": -1, "train_sampling_strategy": "sequential"}

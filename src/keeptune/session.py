@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from keeptune import registry, tokens
+from keeptune.chain import Chain
 from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
 from keeptune.folder import DataInfo, MethodInfo
 from keeptune.guard import Guard, read_guard
 from keeptune.likelihood import context_length
-from keeptune.method import Chain, Context, Method
+from keeptune.method import Context, Method
 from keeptune.models import Loaded, load
 from keeptune.privacy import Privacy, refusal
 from keeptune.recipe import Recipe

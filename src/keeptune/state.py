@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from keeptune.chain import Chain
 from keeptune.disk import link, write_atomic
-from keeptune.method import ADDED, Chain, Context, State
+from keeptune.method import ADDED, Context, State
 
 Tensors = dict[str, Tensor]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from keeptune.method import Chain, Context, Method
+from keeptune.chain import Chain
+from keeptune.method import Context, Method
 from keeptune.methods._anchor import Anchored
 from partners import Pull
 from pencil import Softmax, context, examples

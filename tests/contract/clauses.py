@@ -23,10 +23,11 @@ import stage
 import traces
 from keeptune import registry
 from keeptune.cards import CARD_KEYS, card
+from keeptune.chain import Chain
 from keeptune.checks import CHECKS
 from keeptune.errors import MethodError
 from keeptune.folder import Evidence, MethodInfo, RunFolder, TaskEvidence
-from keeptune.method import Chain, Context, Method
+from keeptune.method import Context, Method
 from keeptune.recipe import load_recipe
 from partners import Merger, Shrink
 from stage import Subject

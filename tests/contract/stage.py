@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import pico
 from keeptune import state
-from keeptune.method import Batch, Chain, Context, Method
+from keeptune.chain import Chain
+from keeptune.method import Batch, Context, Method
 from keeptune.tokens import collate
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
 

@@ -24,8 +24,9 @@ import clauses
 import stage
 import subspaces
 from keeptune import registry
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Batch, Chain, Context, Method, State
+from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._adapters import FIRST, factors
 from keeptune.methods._anchor import Anchored, PathIntegral, Weights
 from keeptune.methods._isolate import layers

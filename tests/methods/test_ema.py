@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import pico
-from keeptune.method import Chain, Context
+from keeptune.chain import Chain
+from keeptune.method import Context
 from keeptune.methods._slow import follow
 from keeptune.methods.ema import EMA
 from keeptune.methods.l2sp import L2SP

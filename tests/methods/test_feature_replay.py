@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Chain, Context
+from keeptune.method import Context
 from keeptune.methods._features import as_batch, mask_of, of_each_row, without_inputs
 from keeptune.methods.feature_replay import FeatureReplay
 from keeptune.methods.joint import Joint

@@ -11,8 +11,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Chain, Method
+from keeptune.method import Method
 from keeptune.methods._isolate.cache import Store
 from keeptune.methods.freeze import Freeze
 from keeptune.methods.replay import Replay

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Chain, Method
+from keeptune.method import Method
 from keeptune.methods.ewc import EWC
 from keeptune.methods.joint import Joint
 from keeptune.methods.replay import Replay

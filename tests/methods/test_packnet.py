@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Chain, Context
+from keeptune.method import Context
 from keeptune.methods._isolate.owned import BLOCK, hold_gradient, put_back, strayed
 from keeptune.methods.ewc import EWC
 from keeptune.methods.joint import Joint

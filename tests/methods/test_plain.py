@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from keeptune.method import Chain
+from keeptune.chain import Chain
 from keeptune.methods.plain import Plain
 from pencil import Softmax, context, examples
 

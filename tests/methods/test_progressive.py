@@ -10,8 +10,9 @@ from torch import Tensor
 
 import pico
 from keeptune import state
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import ADDED, Chain, Context
+from keeptune.method import ADDED, Context
 from keeptune.methods._isolate.columns import Column, Columns
 from keeptune.methods.freeze import Freeze
 from keeptune.methods.packnet import PackNet

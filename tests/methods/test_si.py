@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from keeptune.method import Chain, Context, Method, State
+from keeptune.chain import Chain
+from keeptune.method import Context, Method, State
 from keeptune.methods.ewc import EWC
 from keeptune.methods.hierarchical import Hierarchical
 from keeptune.methods.si import SI

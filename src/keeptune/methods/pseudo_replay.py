@@ -27,12 +27,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from datasets import Dataset
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from keeptune.method import Batch, Context, Method, State
+from keeptune.methods._distil import Sums
 from keeptune.methods._writing.before import Before, softened_kl
 from keeptune.methods._writing.chats import Turns
 from keeptune.methods._writing.mixture import Mixture
@@ -65,7 +65,7 @@ class PseudoReplay(Method):
     _stock: Stock = PrivateAttr(default_factory=Stock)
     _mixture: Mixture = PrivateAttr(default_factory=Mixture)
     _before: Before = PrivateAttr(default_factory=Before)
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    _sums: Sums = PrivateAttr(default_factory=lambda: Sums(2))
 
     @property
     def _sieve(self) -> Sieve:
@@ -77,7 +77,7 @@ class PseudoReplay(Method):
         Raises:
             MethodError: A classifier, no tokenizer or chat template, or sharded weights.
         """
-        self._sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+        self._sums = Sums(2, ctx.device)
         if not self.is_neutral():
             require_writer(ctx, self.name())
         if self.general:
@@ -127,18 +127,20 @@ class PseudoReplay(Method):
                     ctx.answer_logits(self._before.logits(ctx, old), old),
                     self.temperature,
                 )
-                self._sums += torch.stack([kl.detach().sum(), kl.new_tensor(kl.numel())])
+                self._sums.add(0, kl.detach().sum())
+                self._sums.add(1, kl.numel())
                 weight = self.distil * self._mixture.weights[0]
                 term = term + weight * ctx.mean_over_answers(kl)
         return term
 
     def evidence(self) -> dict[str, Any]:
         """Rows by task, what became of the texts written, and the mean KL in nats."""
-        total, answers = self._sums.tolist()
+        total, answers = self._sums.values()
         return self._evidence | ({"kl": total / max(answers, 1)} if self.distil else {})
 
     def end_task(self, ctx: Context) -> None:
         """Count copies in what it would write of this task, and drop what it wrote."""
+        self._sums.total()
         if self.probe and (most := self._longest.get(ctx.task, 0)):
             attempt = of_task(ctx, ctx.task, most, self._sieve)
             self._evidence |= copies(ctx, self.probe, attempt)
@@ -148,13 +150,13 @@ class PseudoReplay(Method):
         """The longest text of each task; during a task what was written, and the old weights."""
         stock, mixture = self._stock.state(), self._mixture.tensors()
         old = {f"before/{n}": t for n, t in self._before.weights.items()}
-        tensors = stock.tensors | mixture | old | {"sums": self._sums}
+        tensors = stock.tensors | mixture | old | {"sums": self._sums.total()}
         return State(tensors, {"stock": stock.values, "longest": dict(self._longest)})
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the rows and the old weights back; `data` mixes them anew."""
         self._longest = dict(state.values["longest"])
-        self._sums = state.tensors["sums"].to(ctx.device)
+        self._sums = Sums.of(state.tensors["sums"], ctx.device)
         self._before = Before.of(state.tensors, ctx.device)
         self._stock.restore(State(state.tensors, state.values["stock"]))
 
