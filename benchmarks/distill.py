@@ -120,25 +120,29 @@ def errors(report: Report, subject: Subject, tokenizer: Any) -> None:
     ids = torch.tensor(tokenizer(inspect.getsource(argparse))["input_ids"][:512]).view(8, 64)
     loss, name = Loss(subject, {"input_ids": ids, "labels": ids}), subject.name
 
-    def gradient(term: Term) -> Tensor:
-        answers = Answers(loss.hidden, loss.head)
+    logits = loss.logits().detach().requires_grad_()
+    places = {"logits": Answers(logits), "hidden states": Answers(loss.hidden, loss.head)}
+
+    def gradient(term: Term, where: str) -> Tensor:
+        answers = places[where]
         answers.add(term, 1 / len(answers))
         total = answers.total()
         assert total is not None
-        return torch.autograd.grad(total, loss.hidden)[0]
+        return torch.autograd.grad(total, answers.values)[0]
 
     seen: list[Tensor] = []
     answers = Answers(loss.hidden.detach(), loss.head)
     answers.add(Teacher(loss.before, 1.0), 1.0, seen.append)
     answers.total()
     report.add("KL of the two models, nats", name, float(seen[0].mean()))
-    want = gradient(Teacher(loss.before, 1.0))
+    want = {where: gradient(Teacher(loss.before, 1.0), where) for where in places}
     for k in (32, 64, 128):
         term = record(loss.before, k, 1.0).term(1.0, CPU)
         scaled = TopK(term.ids_, term.q / term.q.sum(1, keepdim=True), 0 * term.rest, 1.0)
         for what, form in (("bucket", term), ("renormalised", scaled)):
-            off = float((gradient(form) - want).norm() / want.norm())
-            report.add(f"gradient error, top-{k}, {what}", name, off)
+            for where, right in want.items():
+                off = float((gradient(form, where) - right).norm() / right.norm())
+                report.add(f"gradient error at {where}, top-{k}, {what}", name, off)
     kept = record(loss.before, TOP_K, 1.0)
     report.add("teacher's mass in the top-64", name, 1 - float(kept.rest.mean()))
 

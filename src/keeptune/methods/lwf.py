@@ -15,7 +15,8 @@ Differs from the paper: on the answer's tokens only; the term carries T² (Hinto
     that its gradient does not shrink with T; no warm-up of a new head, since a language model has
     none. online, the default, asks the frozen weights at each step, for old rows of other methods
     as well; recorded is the paper's way, for the task's own rows, with the top_k likeliest entries
-    of an answer and one bucket for all others, whose gradient is 2 to 4 % off that of all entries.
+    of an answer and one bucket for all others. On SmolLM2, top_k 64, its gradient at the logits is
+    5.6 % off that of all entries, 16 % without the bucket (benchmarks).
 Status: contract tested
 """
 

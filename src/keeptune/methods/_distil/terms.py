@@ -21,8 +21,8 @@ class TopK:
     """T² · KL(q ‖ p) over k entries and one bucket for all others.
 
     It is the KL of what is known of q; without the bucket, the k entries would have to be scaled
-    up to 1, and half of the gradient would be wrong at k = 64. For entries outside of the k, the
-    gradient is p_j (1 − q_rest / p_rest): their share moves as a whole.
+    up to 1, which makes the gradient three times as wrong at k = 64, or worse. For entries outside
+    of the k, the gradient is p_j (1 − q_rest / p_rest): their share moves as a whole.
 
     Args:
         ids: int64 [N, k], which entries are known.
