@@ -130,9 +130,9 @@ def works_beside(subject: Subject, partner: type[Method], *, lora: bool) -> None
         assert stage.distance(both, mine) > 0, f"{order}: {partner.__name__} did nothing"
         assert stage.distance(both, alone) > 0, f"{order}: {subject.cls.__name__} did nothing"
         _proves(subject, [values[chain.index(subject)] for values in both.evidence])
-        # What does nothing does it in either order, so that one is tried.
-        if subject.cls.neutral and chain[0] is subject:
-            off = stage.run((subject.neutral, mate), lora=lora, tasks=2)
+        if subject.cls.neutral:
+            pair = tuple(s.neutral if s is subject else s for s in chain)
+            off = stage.run(pair, lora=lora, tasks=2)
             assert stage.same(off.weights[-1], alone.weights[-1]), f"{order}: off is not off"
 
 

@@ -279,7 +279,9 @@ class LosesTeacher(LwF):
     """Saves its old weights between tasks only, when there are none."""
 
     def state(self) -> State:
-        return State({"sums": self._sums}, {"teacher_of": -1})
+        kept = super().state()
+        named = {n: t for n, t in kept.tensors.items() if not n.startswith("teacher/")}
+        return State(named, kept.values | {"teacher_of": -1})
 
 
 class LosesBefore(WiSE):
