@@ -107,7 +107,15 @@ VARIANTS = [
     variant("retrieval", by="hidden", size=6),
 ]
 SERVING = [case for case in CASES + VARIANTS if case.values[0].cls.serve is not Method.serve]
-TOGETHER = [("task_lora", "retrieval")]
+TOGETHER = [
+    ("ewc", "replay"),
+    ("ewc", "lwf"),
+    ("ilora", "label_smoothing"),
+    ("olora", "replay"),
+    ("packnet", "label_smoothing"),
+    ("pseudo_replay", "lwf"),
+    ("task_lora", "retrieval"),
+]
 ROUTERS = [Subject(TaskLoRA, (("unknown", kind),)) for kind in ("nearest", "classifier")]
 each_case = pytest.mark.parametrize(("subject", "lora"), CASES)
 each_form = pytest.mark.parametrize(("subject", "lora"), CASES + VARIANTS)
@@ -154,7 +162,6 @@ def test_6_works_beside(name: str, partner: type[Method]) -> None:
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("packnet", "label_smoothing"),
         ("packnet", "freeze"),
         ("freeze", "replay"),
         ("half", "replay"),
@@ -167,7 +174,7 @@ def test_6_works_beside_another_method(name: str, other: str) -> None:
 
 @pytest.mark.parametrize("pair", TOGETHER, ids="-".join)
 def test_6_run_together(pair: tuple[str, str]) -> None:
-    one, other = (Subject(registry.get(name)) for name in pair)
+    one, other = map(usual, pair)
     clauses.run_together(
         one, other, lora=clauses.wants_adapter(one) or clauses.wants_adapter(other)
     )
