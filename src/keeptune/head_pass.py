@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Numbers in the logits of one chunk at most, and answers in it: more make products no faster.
 CHUNK, ANSWERS = 2**23, 128
 CHUNK_ON_A_GPU, ANSWERS_ON_A_GPU = 2**26, 4096
-BLOCK = 2**18  # numbers that are worked on at a time; on a GPU a whole chunk
+BLOCK = 2**19  # numbers that are worked on at a time; on a GPU a whole chunk
 
 
 class Term(Protocol):
