@@ -370,7 +370,9 @@ def test_a_methods_card_and_settings(keeptune: Call) -> None:
 def test_cards_as_markdown(keeptune: Call) -> None:
     code, out, _ = keeptune("methods", "--markdown")
     assert code == 0
-    assert out.startswith("| name | what it does | use when |\n|---|---|---|\n| [`adapters`](#adapters) |")
+    assert out.startswith(
+        "| name | what it does | use when |\n|---|---|---|\n| [`adapters`](#adapters) |"
+    )
     assert "\n## replay\n" in out
     assert (
         "\n| `ratio` | `0.2` | number, ≥ 0, ≤ 100 | old rows, or tokens, for each new one |\n"
