@@ -23,7 +23,10 @@ PLACES = (
 )  # fmt: skip
 FIRST = ("Ab", "Bel", "Cor", "Dan", "El", "Fen", "Gar", "Hal", "Is", "Jor", "Kel", "Lor")
 SECOND = ("a", "ian", "ina", "is", "o", "un")
-FAMILY = ("Ash", "Brook", "Dun", "Elm", "Green", "Hart", "King", "Lang", "North", "Stan", "Wood")
+FAMILY = (
+    "Ash", "Brook", "Dun", "Elm", "Green", "Hart",  # codespell:ignore hart
+    "King", "Lang", "North", "Stan", "Wood",
+)  # fmt: skip
 ENDING = ("bury", "by", "field", "ford", "gate", "ley", "mere", "ton", "well", "wick")
 MOST = len(FIRST) * len(SECOND)
 
