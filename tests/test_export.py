@@ -18,7 +18,7 @@ from safetensors import safe_open
 import pico
 from keeptune import export as exporting
 from keeptune import models, registry
-from keeptune.disk import verify
+from keeptune.disk import locked, verify
 from keeptune.errors import FolderError, KeeptuneError, MethodError, ModelError
 from keeptune.evaluate import score_rows
 from keeptune.export import Exported, export
@@ -277,6 +277,12 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(home: Path) -> None:
     (home / "full" / "mine.txt").write_text("precious")
     refused(FolderError, "overwrites nothing", folder.path, home / "full")
     assert [p.name for p in (home / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_at_work_is_left_alone(home: Path) -> None:
+    folder = run(recipe(home))
+    with locked(folder.path):
+        refused(FolderError, "Another process is at work", folder.path, home / "out")
 
 
 def test_what_came_meanwhile_is_not_overwritten(

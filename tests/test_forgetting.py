@@ -19,7 +19,7 @@ from keeptune.chain import Chain
 from keeptune.cli import app
 from keeptune.disk import finish_replacing, locked, new_folder, verify
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError
-from keeptune.folder import Cell, Example, RunFolder
+from keeptune.folder import Cell, Example, Routes, RunFolder
 from keeptune.forgetting import FORGOTTEN, forget
 from keeptune.method import Method
 from keeptune.methods.gem import GEM
@@ -259,6 +259,13 @@ def test_a_killed_call_loses_nothing_and_the_next_does_the_rest(run: Path, numbe
     forget(run, [f"text={PERSON}"], tokenizer=TOKENIZER)
     assert traces(run, PERSON) == []
     assert [p.name for p in (run / "state").iterdir() if p.name[:4] in ("old-", "new-")] == []
+
+
+def test_where_questions_were_routed_to_is_no_result_with_texts(run: Path) -> None:
+    RunFolder(run).write_routes(1, Routes(tasks={"mail": {"mail": 3}}))
+    before = (run / "rows" / "001" / "routes.json").read_bytes()
+    assert forget(run, [f"text={PERSON}"], tokenizer=TOKENIZER).examples
+    assert (run / "rows" / "001" / "routes.json").read_bytes() == before
 
 
 def test_what_other_files_hold_is_said(run: Path) -> None:

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keeptune.disk import new_folder
+from keeptune.disk import locked, new_folder
 from keeptune.errors import FolderError, MethodError, ModelError, suggest
 from keeptune.folder import RunFolder
 from keeptune.likelihood import base_model, evaluating
@@ -79,7 +79,8 @@ def export(path: Path, out: Path, *, task: str | None = None, merged: bool = Fal
     _refuse_full(out)
     _refuse_task(folder, task, [data.name for data in folder.info.tasks])
     recipe = load_recipe(folder.path / "recipe.yaml")
-    with quiet():
+    # A run at work in the folder keeps files there, which loading its state would clear away.
+    with locked(folder.path), quiet():
         session = open_session(read_plan(recipe))
         done = Loop(session, folder, Silent(), Event()).load_last_state()
         learned = [item.name for item in session.plan.stream][:done]

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from keeptune.disk import (
     write_atomic,
 )
 from keeptune.errors import FolderError, RecipeError, suggest
-from keeptune.folder import Cell, Example, RunFolder
+from keeptune.folder import Cell, Example, Kind, RunFolder
 from keeptune.method import State
 from keeptune.recipe import load_recipe
 from keeptune.runs import OBJECT
@@ -201,7 +201,8 @@ def _rewrite(path: Path, changed: dict[str, State]) -> None:
 
 
 def _forget_examples(folder: RunFolder, meant: Where, done: Forgotten, *, dry_run: bool) -> None:
-    for file in sorted((folder.path / "rows").rglob("*.json")):
+    rows = folder.path / "rows"
+    for file in sorted(f for kind in get_args(Kind) for f in rows.glob(f"*/{kind}-*.json")):
         cell = folder.read(file, Cell)
         is_meant = [meant.of_example(cell.name, example) for example in cell.examples]
         # What was replaced before needs no second time.
