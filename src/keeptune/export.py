@@ -30,7 +30,7 @@ from keeptune.method import Context, Ids
 from keeptune.model_card import Kind, model_card
 from keeptune.progress import Silent
 from keeptune.recipe import load_recipe
-from keeptune.runs import OBJECT, quiet
+from keeptune.runs import quiet, refuse_objects
 from keeptune.serving import questions
 from keeptune.session import Session, open_session, read_plan
 
@@ -71,11 +71,7 @@ def export(path: Path, out: Path, *, task: str | None = None, merged: bool = Fal
         KeeptuneError: Anything a user can mend; nothing is written.
     """
     folder = RunFolder(path)
-    if folder.info.model.get("source") == OBJECT:
-        raise FolderError(
-            f"{path} was made from objects in a notebook, so its model cannot be loaded again. "
-            "Save the model that `fit` gave back with its own save_pretrained."
-        )
+    refuse_objects(folder, "Save the model that `fit` gave back with its own save_pretrained.")
     _refuse_full(out)
     _refuse_task(folder, task, [data.name for data in folder.info.tasks])
     recipe = load_recipe(folder.path / "recipe.yaml")

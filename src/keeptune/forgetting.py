@@ -26,11 +26,11 @@ from keeptune.disk import (
     verify,
     write_atomic,
 )
-from keeptune.errors import FolderError, RecipeError, suggest
+from keeptune.errors import RecipeError, suggest
 from keeptune.folder import Cell, Example, Kind, RunFolder
 from keeptune.method import State
 from keeptune.recipe import load_recipe
-from keeptune.runs import OBJECT
+from keeptune.runs import refuse_objects
 from keeptune.where import Where, parse
 
 FORGOTTEN = "[forgotten]"  # instead of an example's texts in the results
@@ -109,11 +109,7 @@ def forget(
 
 
 def _tokenizer(folder: RunFolder) -> Any:
-    if folder.info.model.get("source") == OBJECT:
-        raise FolderError(
-            f"{folder.path} was made from objects in a notebook, so its tokenizer cannot be loaded "
-            "again. Call keeptune.forget with `tokenizer`."
-        )
+    refuse_objects(folder, "Call keeptune.forget with `tokenizer`.", what="tokenizer")
     recipe = load_recipe(folder.path / "recipe.yaml")
     return models.load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
 

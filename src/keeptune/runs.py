@@ -98,11 +98,7 @@ def learn(
         KeeptuneError: Anything a user can mend; nothing is lost.
     """
     folder = RunFolder(path)
-    if folder.info.model.get("source") == OBJECT:
-        raise FolderError(
-            f"{path} was made from objects in a notebook, so its model cannot be loaded again. "
-            "Call keeptune.fit with the new task instead."
-        )
+    refuse_objects(folder, "Call keeptune.fit with the new task instead.")
     recipe = load_recipe(folder.path / "recipe.yaml")
     task = {"name": name, "train": data, "eval": eval or data, "score": score, "recall": not eval}
     names = [t.name for t in recipe.tasks]
@@ -139,6 +135,24 @@ def _is_unfinished(folder: RunFolder, name: str) -> bool:
 
 
 # -- shared ---------------------------------------------------------------------------------------
+
+
+def refuse_objects(folder: RunFolder, instead: str, *, what: str = "model") -> None:
+    """Refuse a run whose model cannot be loaded again.
+
+    Args:
+        folder: The run.
+        instead: What can be done.
+        what: What would be loaded.
+
+    Raises:
+        FolderError: It was made from objects.
+    """
+    if folder.info.model.get("source") == OBJECT:
+        raise FolderError(
+            f"{folder.path} was made from objects in a notebook, so its {what} cannot be loaded "
+            f"again. {instead}"
+        )
 
 
 def describe(session: Session, recipe: Recipe) -> RunInfo:
