@@ -113,6 +113,11 @@ class Chain:
         for method in self.methods:
             method.serve(ctx, task)
 
+    @property
+    def routes(self) -> bool:
+        """Whether any method may choose tasks for questions."""
+        return any(type(method).route is not Method.route for method in self.methods)
+
     def route(self, ctx: Context, prompts: Sequence[Ids]) -> list[str] | None:
         """What the first method that has an answer says."""
         answers = (method.route(ctx, prompts) for method in self.methods)

@@ -89,7 +89,8 @@ def score_served(
 
 def routes(session: Session, ctx: Context, rows: Rows) -> list[str] | None:
     """The task that each row is served as when its own is not known; None where none is chosen."""
-    return session.chain.route(ctx, questions(session, rows))
+    # To know the questions all rows must be tokenised, which most strategies have no use for.
+    return session.chain.route(ctx, questions(session, rows)) if session.chain.routes else None
 
 
 def questions(session: Session, rows: Rows) -> list[Ids]:
