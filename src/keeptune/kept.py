@@ -102,11 +102,6 @@ class Kept:
         return every if self._at is None else every[self._at]
 
     @property
-    def in_memory(self) -> int:
-        """Bytes of rows and index in memory."""
-        return self._loose.nbytes + (0 if self._at is None else self._at.nbytes)
-
-    @property
     def on_disk(self) -> int:
         """Bytes of all files."""
         return sum(block.size for block in self._blocks)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from keeptune.answers import Answers
 from keeptune.errors import DataError
-from keeptune.method import Batch, Context
+from keeptune.method import IGNORED, Batch, Context
 from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._distil.terms import TopK
 from keeptune.rowstore import COLUMNS
@@ -134,7 +134,7 @@ def answers_of(batch: Batch) -> list[int]:
     labels = batch["labels"]
     if labels.dim() == 1:
         return [1] * len(labels)
-    counts: list[int] = (labels[:, 1:] != -100).sum(1).tolist()
+    counts: list[int] = (labels[:, 1:] != IGNORED).sum(1).tolist()
     return counts
 
 

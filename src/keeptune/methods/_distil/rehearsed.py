@@ -177,7 +177,6 @@ class Rehearsed(Method):
         return self._buffer.nbytes() + self._sums.nbytes
 
 
-@torch.no_grad()
 def _logits(ctx: Context, rows: Any) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
     """A classifier's logits of each row: [1, V] each, of all classes."""
     found: dict[int, Any] = {}
