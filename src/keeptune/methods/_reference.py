@@ -10,17 +10,16 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
-from keeptune.errors import MethodError
 from keeptune.head_pass import CrossEntropy
 from keeptune.method import Batch, Context, Method, State, wide
-from keeptune.methods._anchor.shards import processes
+from keeptune.methods._anchor.shards import processes, refuse_shards
 from keeptune.methods._anchor.weights import blocks
 
 Gradient = list[Tensor]  # one tensor for each weight
+NO_SECOND_GRADIENT = "cannot take a second gradient while FSDP spreads the weights over processes"
 
 
 def moved_weights(ctx: Context) -> list[nn.Parameter]:
@@ -196,11 +195,8 @@ class Referenced(Method):
         Raises:
             MethodError: The weights are spread over processes.
         """
-        if self.rows and any(isinstance(p, DTensor) for p in ctx.trainable().values()):
-            raise MethodError(
-                f"The method {self.name()!r} cannot take a second gradient while FSDP spreads the "
-                "weights over processes. Train with DDP (leave `fsdp` out), or remove the method."
-            )
+        if self.rows:
+            refuse_shards(ctx, self.name(), NO_SECOND_GRADIENT)
 
     def gradients(self, ctx: Context) -> None:
         """Move the step's gradient where it would undo what was learned."""

@@ -13,11 +13,11 @@ from weakref import ref
 import torch
 from peft.tuners.lora import LoraLayer
 from pydantic import PrivateAttr
-from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
 from keeptune.methods._adapters import FIRST, add_adapter, factors
+from keeptune.methods._anchor.shards import refuse_shards
 
 
 class Stacked(Method):
@@ -45,11 +45,7 @@ class Stacked(Method):
                 f"The method {self.name()!r} sums LoRA updates, which DoRA rescales each by "
                 "itself. Leave `use_dora` out of the adapter's options, or remove the method."
             )
-        if any(isinstance(p, DTensor) for p in ctx.trainable().values()):
-            raise MethodError(
-                f"The method {self.name()!r} adds weights to a model that FSDP has sharded. Train "
-                "with DDP (leave `fsdp` out), or remove the method."
-            )
+        refuse_shards(ctx, self.name(), "adds weights to a model that FSDP has sharded")
         if self._learned > len(self._frozen):
             self._freeze(ctx)
         self._evidence["frozen_adapters"] = len(self._frozen)

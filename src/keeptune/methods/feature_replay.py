@@ -28,11 +28,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, PrivateAttr
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from keeptune.buffer import Buffer
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._features import (
     FEATURES,
     as_batch,
@@ -83,11 +83,8 @@ class FeatureReplay(Method):
         """
         if not self.strength:
             return
-        if any(isinstance(p, DTensor) for p in ctx.model.parameters()):
-            raise MethodError(
-                "The method 'feature_replay' cannot freeze layers while FSDP spreads the weights "
-                "over processes. Train with DDP (leave `fsdp` out), or remove the method."
-            )
+        why = "cannot freeze layers while FSDP spreads the weights over processes"
+        refuse_shards(ctx, self.name(), why)
         module = self._module(ctx)
         if not len(self._buffer):
             return

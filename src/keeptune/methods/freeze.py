@@ -28,13 +28,14 @@ from pydantic import Field, PrivateAttr
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._isolate import (
+    SETTLED,
     below,
     embeddings,
     freeze,
     give_free,
     layers,
-    refuse_shards,
     size,
 )
 from keeptune.methods._isolate.cache import BYTES, Store, keep_activations
@@ -71,7 +72,7 @@ class Freeze(Method):
         """
         if self.is_neutral():
             return
-        refuse_shards(ctx, self.name())
+        refuse_shards(ctx, self.name(), SETTLED)
         before = size(ctx, list(ctx.trainable()))
         stack, blocks = layers(ctx.model, self.name())
         count = self._count(len(blocks))

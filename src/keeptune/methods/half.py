@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 from pydantic import Field, PrivateAttr
 
 from keeptune.method import Context, Method
-from keeptune.methods._isolate import freeze, give_free, layers, refuse_shards, size, units
+from keeptune.methods._anchor.shards import refuse_shards
+from keeptune.methods._isolate import SETTLED, freeze, give_free, layers, size, units
 
 
 class Half(Method):
@@ -49,7 +50,7 @@ class Half(Method):
         """
         if not self.share:
             return
-        refuse_shards(ctx, self.name())
+        refuse_shards(ctx, self.name(), SETTLED)
         before = size(ctx, list(ctx.trainable()))
         starts = tuple(self._drawn(ctx))
         names = [n for n, _ in ctx.model.named_parameters() if starts and n.startswith(starts)]

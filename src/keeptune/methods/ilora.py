@@ -27,14 +27,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
-from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, State, wide
-from keeptune.methods._anchor.shards import processes
+from keeptune.methods._anchor.shards import processes, refuse_shards
 from keeptune.methods._reference import moved_weights, shared_gradient
 from keeptune.methods._slow import Slow
 
@@ -75,11 +73,9 @@ class ILoRA(Slow):
         Raises:
             MethodError: The weights are spread over processes.
         """
-        if self.rows and any(isinstance(p, DTensor) for p in ctx.trainable().values()):
-            raise MethodError(
-                "The method 'ilora' cannot run the model with slow weights while FSDP spreads them "
-                "over processes. Train with DDP (leave `fsdp` out), or remove the method."
-            )
+        if self.rows:
+            why = "cannot run the model with slow weights while FSDP spreads them over processes"
+            refuse_shards(ctx, self.name(), why)
         super().begin_task(ctx)
 
     def gradients(self, ctx: Context) -> None:

@@ -29,10 +29,9 @@ from typing import Any, ClassVar, Literal
 from datasets import Dataset
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._distil import Frozen, Store, Sums, Teacher, TopK, read_texts
 from keeptune.methods._distil.teachers import without_adapter
 from keeptune.methods._reference import add_gradient
@@ -70,11 +69,8 @@ class KLBase(Method):
         self._sums = Sums(3, ctx.device)
         if not self.strength:
             return
-        if any(isinstance(p, DTensor) for p in ctx.trainable().values()):
-            raise MethodError(
-                "The method 'kl_base' cannot run a second model while FSDP spreads the weights "
-                "over processes. Train with DDP (leave `fsdp` out), or remove the method."
-            )
+        why = "cannot run a second model while FSDP spreads the weights over processes"
+        refuse_shards(ctx, self.name(), why)
         if self.texts:
             self._texts = read_texts(ctx, Path(self.texts), self.length, "KLBase.texts")
 

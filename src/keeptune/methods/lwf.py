@@ -28,10 +28,10 @@ import torch
 from datasets import Dataset
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
+from keeptune.methods._anchor.shards import is_sharded
 from keeptune.methods._distil import Frozen, Store, Sums, Teacher, TopK
 
 
@@ -62,8 +62,7 @@ class LwF(Method):
         Raises:
             MethodError: The weights are spread over processes.
         """
-        is_sharded = any(isinstance(p, DTensor) for p in ctx.trainable().values())
-        if self.strength and self.targets == "online" and is_sharded:
+        if self.strength and self.targets == "online" and is_sharded(ctx):
             raise MethodError(
                 "The method 'lwf' cannot run the model with old weights while FSDP spreads them "
                 "over processes. Use `targets: recorded`, or train with DDP (leave `fsdp` out)."

@@ -28,10 +28,9 @@ import torch
 from peft.utils import merge_utils
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State, wide
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._factors import low_rank
 
 Form = Literal["task_arithmetic", "ties", "dare", "dare_ties", "slerp"]
@@ -93,11 +92,8 @@ class Merge(Method):
         Raises:
             MethodError: The weights are spread over processes.
         """
-        if any(isinstance(p, DTensor) for p in ctx.trainable().values()):
-            raise MethodError(
-                "The method 'merge' needs whole weights, but FSDP spreads them over processes. "
-                "Train with DDP (leave `fsdp` out), or remove the method."
-            )
+        why = "needs whole weights, but FSDP spreads them over processes"
+        refuse_shards(ctx, self.name(), why)
         if not self._first:
             self._first = _copy(ctx)
         elif self.start == "first":

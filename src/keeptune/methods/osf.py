@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
-from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State, wide
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._subspace import Old, old_directions
 
 
@@ -56,11 +56,8 @@ class OSF(Method):
         """
         if not self.ratio:
             return
-        if any(isinstance(p, DTensor) for p in ctx.trainable().values()):
-            raise MethodError(
-                "The method 'osf' needs whole matrices, but FSDP spreads them over processes. "
-                "Train with DDP (leave `fsdp` out), or remove the method."
-            )
+        why = "needs whole matrices, but FSDP spreads them over processes"
+        refuse_shards(ctx, self.name(), why)
         # One direction at least is left to learn in.
         share = min(self.ratio + self.grow * ctx.index, 0.99)
         self._old = dict(old_directions(ctx, share))

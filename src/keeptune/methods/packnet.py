@@ -30,7 +30,8 @@ from torch import nn
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
-from keeptune.methods._isolate import freeze, give_free, refuse_shards
+from keeptune.methods._anchor.shards import refuse_shards
+from keeptune.methods._isolate import SETTLED, freeze, give_free
 from keeptune.methods._isolate.owned import Owned
 
 MOST_TASKS = 255  # owners in a byte; 0 is nobody
@@ -73,7 +74,7 @@ class PackNet(Method):
         Raises:
             MethodError: No weight is left, or the weights are sharded.
         """
-        refuse_shards(ctx, self.name())
+        refuse_shards(ctx, self.name(), SETTLED)
         self._owned.show(self._weights(ctx), self._served)
         packed, self._pruned = matrices(ctx), False
         if self._owned.owner:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Replicate
 
+from keeptune.errors import MethodError
+from keeptune.method import Context
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -42,6 +45,28 @@ def local(tensor: Tensor) -> Tensor:
     its shard, call this under `torch.no_grad()`.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(ctx: Context) -> bool:
+    """Whether FSDP spreads the model's weights over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in ctx.model.parameters())
+
+
+def refuse_shards(ctx: Context, who: str, why: str) -> None:
+    """Refuse weights that are spread over processes.
+
+    Args:
+        ctx: The task.
+        who: The method's name.
+        why: What of it they do not bear, to follow its name.
+
+    Raises:
+        MethodError: They are.
+    """
+    if is_sharded(ctx):
+        raise MethodError(
+            f"The method {who!r} {why}. Train with DDP (leave `fsdp` out), or remove the method."
+        )
 
 
 def spec_of(parameter: Tensor) -> Spec | None:

@@ -9,17 +9,16 @@ import numpy as np
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from keeptune.answers import Answers
 from keeptune.buffer import Buffer
-from keeptune.errors import MethodError
 from keeptune.head_pass import CrossEntropy
 from keeptune.method import Batch, Context, Method, State, wide
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._distil.recorded import Recorded, answers_of, batches, record_rows
 from keeptune.methods._distil.sums import Sums
-from keeptune.methods._reference import add_gradient
+from keeptune.methods._reference import NO_SECOND_GRADIENT, add_gradient
 
 DRAWN = "drawn"  # a column for which rows of a draw there are
 
@@ -63,12 +62,8 @@ class Rehearsed(Method):
             MethodError: The weights are spread over processes.
         """
         self._sums = Sums(2, ctx.device)
-        sharded = any(isinstance(p, DTensor) for p in ctx.trainable().values())
-        if not self.is_neutral() and sharded:
-            raise MethodError(
-                f"The method {self.name()!r} cannot take a second gradient while FSDP spreads the "
-                "weights over processes. Train with DDP (leave `fsdp` out), or remove the method."
-            )
+        if not self.is_neutral():
+            refuse_shards(ctx, self.name(), NO_SECOND_GRADIENT)
 
     def gradients(self, ctx: Context) -> None:
         """Add the gradient of the loss on kept rows."""

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch.distributed.tensor import DTensor
-
 from keeptune.errors import MethodError
 from keeptune.method import Context
 
-
-def refuse_shards(ctx: Context, who: str) -> None:
-    """Refuse weights that are spread over processes.
-
-    Raises:
-        MethodError: They are.
-    """
-    if any(isinstance(p, DTensor) for p in ctx.model.parameters()):
-        raise MethodError(
-            f"The method {who!r} cannot choose what is trained while FSDP spreads the weights over "
-            "processes, which settles that once. Train with DDP (leave `fsdp` out), or remove the "
-            "method."
-        )
+# Why a method that freezes refuses weights that are spread over processes.
+SETTLED = (
+    "cannot choose what is trained while FSDP spreads the weights over processes, which settles "
+    "that once"
+)
 
 
 def freeze(ctx: Context, names: Iterable[str], who: str) -> list[str]:

@@ -11,7 +11,8 @@ from pydantic import PrivateAttr
 from torch import nn
 
 from keeptune.method import ADDED, Context, Method, State
-from keeptune.methods._isolate.frozen import refuse_shards
+from keeptune.methods._anchor.shards import refuse_shards
+from keeptune.methods._isolate.frozen import SETTLED
 
 
 class Parts(nn.Module):
@@ -74,7 +75,7 @@ class Grown(Method):
 
     def begin_task(self, ctx: Context) -> None:
         """Freeze all there is, and add a module."""
-        refuse_shards(ctx, self.name())
+        refuse_shards(ctx, self.name(), SETTLED)
         parts = self._parts(ctx)
         ctx.model.requires_grad_(False)
         self._add(ctx).requires_grad_(True)

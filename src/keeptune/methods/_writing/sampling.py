@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor.shards import processes
+from keeptune.methods._anchor.shards import processes, refuse_shards
 from keeptune.methods._anchor.undisturbed import undisturbed
 
 BATCH = 32  # texts that are written at a time
@@ -66,11 +65,8 @@ def require_writer(ctx: Context, name: str) -> None:
             f"The method {name!r} lets the model write rows and needs its tokenizer. Give the "
             "trainer `processing_class=tokenizer`."
         )
-    if any(isinstance(p, DTensor) for p in ctx.model.parameters()):
-        raise MethodError(
-            f"The method {name!r} cannot let the model write while FSDP spreads its weights over "
-            "processes. Train with DDP (leave `fsdp` out), or remove the method."
-        )
+    why = "cannot let the model write while FSDP spreads its weights over processes"
+    refuse_shards(ctx, name, why)
 
 
 @torch.no_grad()
