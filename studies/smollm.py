@@ -11,11 +11,10 @@ folder are deleted, the rest stays. Runs whose line is there are skipped.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,26 +24,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
 from peft import LoraConfig
 
 from keeptune import formulas, guards, models, registry
 from keeptune.demo import ADAPTER
 from keeptune.folder import RunFolder
 from keeptune.guard import Guard
-from keeptune.intervals import Estimate, over_seeds
 from keeptune.notebook import fit
 from keeptune.rows import read_rows
 from keeptune.stream import Task
 from keeptune.streams import names
-from lines import Run, Runs, append, fill, paired, points, read
+from lines import Run, Runs, by_method, on, over, paired, points
+from stages import command_line, report, run
 
-HERE = Path(__file__).parent
-LINES, PAGE = HERE / "smollm-runs.jsonl", HERE / "smollm.md"
+PAGE = Path(__file__).with_suffix(".md")
 
 COUNTRIES = 32
 GUARD_ROWS = 40
-SEEDS = (0, 1, 2)
 AUTO = {"strength": "auto"}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -97,31 +93,58 @@ def adapter() -> LoraConfig:
     )
 
 
-def execute(weights: str, label: str, seed: int, folder: Path) -> Run:
-    """One run into a new folder, and what its line says.
+def fitted(
+    stream: Sequence[Task],
+    methods: dict[str, dict[str, Any]],
+    seed: int,
+    folder: Path,
+    *,
+    known: list[Guard],
+    trainer: dict[str, Any],
+    lora: LoraConfig | None,
+) -> RunFolder:
+    """Train SmolLM2-135M on a stream, and delete the weights; everything else stays.
 
     Args:
-        weights: "lora" or "full".
-        label: A key of `METHODS`.
-        seed: Of the adapter's first weights and the order of the rows.
+        stream: The tasks.
+        methods: Name to settings.
+        seed: Of the adapter's first weights, the order of the rows, and what is written.
         folder: Deleted first: what lies there is of a run that was killed.
+        known: What it knows before.
+        trainer: Settings of the trainer.
+        lora: None for all weights.
     """
     shutil.rmtree(folder, ignore_errors=True)
     loaded = models.load("demo")
-    fitted = fit(
+    done = fit(
         loaded.model,
-        tasks(),
+        stream,
         tokenizer=loaded.tokenizer,
         out=folder,
-        methods=[registry.build(name, settings) for name, settings in METHODS[label].items()],
-        guards=kept(),
-        adapter=adapter() if weights == "lora" else None,
-        trainer={**COMMON, **TRAINERS[weights]},
+        methods=[registry.build(name, settings) for name, settings in methods.items()],
+        guards=known,
+        adapter=lora,
+        trainer=trainer,
         seed=seed,
         eval_batch_size=64,
     )
     shutil.rmtree(folder / "state")
-    return {"weights": weights, "method": label, "seed": seed, **summary(fitted.folder)}
+    return done.folder
+
+
+def execute(weights: str, method: str, seed: int, folder: Path) -> Run:
+    """One run into a new folder, and what its line says: with "lora" or "full" weights."""
+    return summary(
+        fitted(
+            tasks(),
+            METHODS[method],
+            seed,
+            folder,
+            known=kept(),
+            trainer={**COMMON, **TRAINERS[weights]},
+            lora=adapter() if weights == "lora" else None,
+        )
+    )
 
 
 def summary(folder: RunFolder) -> Run:
@@ -153,40 +176,33 @@ def scalars(values: dict[str, Any]) -> dict[str, Any]:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def table(runs: Runs, weights: str) -> str:
-    """A row for each method: what was learned, forgotten and kept, against plain too."""
+HEAD = (
+    "| | learned | average | against plain | forgotten | guards kept | against plain "
+    "| strength | seconds |"
+)
 
-    def selected(label: str) -> Runs:
-        return [run for run in runs if (run["weights"], run["method"]) == (weights, label)]
 
-    lines = [
-        "| | learned | average | against plain | forgotten | guards kept | against plain "
-        "| strength | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for label in METHODS:
-        if found := selected(label):
-            cells = _cells(found, selected("plain") if label != "plain" else [])
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def tables(runs: Runs) -> dict[str, str]:
+    """For adapters and for all weights, what each method learned, forgot and kept."""
+    return {
+        weights: by_method(HEAD, [r for r in runs if r["weights"] == weights], METHODS, _cells)
+        for weights in TRAINERS
+    }
+
+
+def shares(found: Runs, plain: Runs) -> Iterator[str]:
+    """What was learned, forgotten and kept, against plain too."""
+    average, share = on("R", formulas.average_accuracy), on("G", formulas.share_kept)
+    yield points(over(found, on("R", formulas.learning_accuracy)))
+    yield points(over(found, average))
+    yield points(paired(found, plain, average), signed=True)
+    yield points(over(found, on("R", formulas.forgetting)))
+    yield points(over(found, share))
+    yield points(paired(found, plain, share), signed=True)
 
 
 def _cells(found: Runs, plain: Runs) -> Iterator[str]:
-    def over(value: Any, key: str = "R") -> Estimate:
-        return over_seeds([float(value(np.array(run[key]))) for run in found])
-
-    def average(run: Run) -> float:
-        return float(formulas.average_accuracy(np.array(run["R"])))
-
-    def share(run: Run) -> float:
-        return float(formulas.share_kept(np.array(run["G"])))
-
-    yield points(over(formulas.learning_accuracy))
-    yield points(over(formulas.average_accuracy))
-    yield points(paired(found, plain, average), signed=True)
-    yield points(over(formulas.forgetting))
-    yield points(over(formulas.share_kept, "G"))
-    yield points(paired(found, plain, share), signed=True)
+    yield from shares(found, plain)
     given = [
         values["strength"]
         for run in found
@@ -197,36 +213,21 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     yield f"{median(sum(run['seconds'].values()) for run in found):.0f}"
 
 
-def report(runs: Runs, page: Path) -> None:
-    """Put the tables between the page's markers; everything else stays as it is."""
-    text = page.read_text("utf-8")
-    for weights in TRAINERS:
-        text = fill(text, weights, table(runs, weights))
-    page.write_text(text, "utf-8")
-
-
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=["run", "report"])
-    parser.add_argument("--out", type=Path, default=LINES, help="one JSON line a run")
-    parser.add_argument("--folders", type=Path, default=Path("runs/smollm"), help="run folders")
+    parser = command_line(__doc__, PAGE, METHODS)
     parser.add_argument("--weights", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     args = parser.parse_args()
     if args.stage == "report":
-        report(read(args.out), PAGE)
+        report(args.out, PAGE, tables)
         return
-    done = {(run["weights"], run["method"], run["seed"]) for run in read(args.out)}
-    for seed in args.seeds:
-        for weights in args.weights:
-            for label in args.methods:
-                if (weights, label, seed) in done:
-                    continue
-                line = execute(weights, label, seed, args.folders / f"{weights}-{label}-{seed}")
-                append(args.out, line)
-                print(weights, label, seed, line["R"][-1], line["G"][-1], line["seconds"])
+    jobs = [
+        {"weights": weights, "method": method, "seed": seed}
+        for seed in args.seeds
+        for weights in args.weights
+        for method in args.methods
+    ]
+    run(jobs, args.out, args.folders, execute, "R", "G", "seconds")
 
 
 if __name__ == "__main__":
