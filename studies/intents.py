@@ -89,7 +89,8 @@ TEMPLATES = (
 
 def made() -> tuple[Rows, Rows]:
     """Training and test rows from templates; the last five are for the test."""
-    train, test = [], []
+    train: Rows = []
+    test: Rows = []
     for domain, things in THINGS.items():
         for thing in things.split():
             for i, template in enumerate(TEMPLATES):

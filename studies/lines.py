@@ -36,7 +36,7 @@ def append(path: Path, run: Run) -> None:
         file.write(json.dumps(run).encode() + b"\n")
 
 
-def on(key: str, formula: Callable[[Any], float]) -> Callable[[Run], float]:
+def on(key: str, formula: Callable[[Any], Any]) -> Callable[[Run], float]:
     """A formula's value on one of a run's matrices."""
     return lambda run: float(formula(np.array(run[key])))
 
