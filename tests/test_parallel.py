@@ -21,7 +21,7 @@ import parallel_driver as driver
 from keeptune.errors import MethodError
 from parallel_driver import CASES, PLACES, PROCESSES, REFUSED, Tensors
 
-PATIENCE = 180  # seconds, for two processes on a busy machine
+PATIENCE = 180  # seconds without a new result, for two processes on a busy machine
 PAIRS = [(name, place) for name, case in CASES.items() for place in case.places]
 
 
@@ -36,17 +36,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with log.open("w") as out:
             command = [sys.executable, "-W", "error", *arguments]
             running.append(subprocess.Popen(command, stdout=out, stderr=out))
-    ended = _wait(running)
+    ended = _wait(running, path)
     assert ended == [0] * PROCESSES, "\n".join(log.read_text()[-3000:] for log in logs)
     return path
 
 
-def _wait(running: list[subprocess.Popen[bytes]]) -> list[int | None]:
+def _wait(running: list[subprocess.Popen[bytes]], results: Path) -> list[int | None]:
     """Their exit codes; when one fails the others would wait for it for ever, and are killed."""
-    end = time.monotonic() + PATIENCE
+    end, found = time.monotonic() + PATIENCE, 0
     while time.monotonic() < end and {p.poll() for p in running} <= {None, 0}:
         if all(p.poll() == 0 for p in running):
             break
+        if (now := len(list(results.iterdir()))) > found:
+            end, found = time.monotonic() + PATIENCE, now
         time.sleep(0.1)
     codes = [p.poll() for p in running]
     for process in running:
