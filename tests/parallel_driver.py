@@ -33,6 +33,7 @@ from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
 from keeptune.methods.agem import AGEM
 from keeptune.methods.der_pp import DERpp
+from keeptune.methods.eaft import EAFT
 from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC
 from keeptune.methods.feature_replay import FeatureReplay
@@ -43,6 +44,7 @@ from keeptune.methods.hierarchical import Hierarchical
 from keeptune.methods.ilora import ILoRA
 from keeptune.methods.kl_base import KLBase
 from keeptune.methods.l2sp import L2SP
+from keeptune.methods.label_smoothing import LabelSmoothing
 from keeptune.methods.lwf import LwF
 from keeptune.methods.mas import MAS
 from keeptune.methods.merge import Merge
@@ -200,6 +202,8 @@ CASES = {
     "lwf": Case(lambda: [LwF(strength=20.0, temperature=1.0)], places=WHOLE),
     "lwf, recorded": Case(lambda: [LwF(strength=20.0, targets="recorded")]),
     "kl_base, LoRA": Case(lambda: [KLBase(strength=20.0)], lora=True, places=WHOLE),
+    "eaft": Case(lambda: [EAFT(top_k=5)], places=("accumulated", "ddp")),
+    "label_smoothing": Case(lambda: [LabelSmoothing()], places=("accumulated", "ddp", "fsdp")),
     "der_pp": Case(lambda: [DERpp(rows=5, strength=5.0)], places=WHOLE),
     # In bf16 another token would be drawn where two are nearly as likely.
     "pseudo_replay": Case(

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.undisturbed import undisturbed
+from keeptune.methods._distil import Sums
 
 ROWS = 8  # rows in one forward of the pass for the limits
 
@@ -64,11 +65,11 @@ class EAFT(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     _limits: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(2))
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    _sums: Sums = PrivateAttr(default_factory=lambda: Sums(4))
 
     def begin_task(self, ctx: Context) -> None:
         """Count anew, and look where the lowest entropies and probabilities lie."""
-        self._sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)
+        self._sums = Sums(4, ctx.device)
         self._limits = self._lowest(ctx) if self.mask else torch.zeros(2, device=ctx.device)
 
     @torch.no_grad()
@@ -98,14 +99,18 @@ class EAFT(Method):
             entropy = top_entropy(logits, self.top_k)
             conflict = (entropy < self._limits[0]) & ((-losses).exp() < self._limits[1])
             weights = entropy.pow(self.power).masked_fill(conflict, 0)
-            # Kept as running sums so that nothing waits for the device at each step.
-            for i, values in enumerate((weights, entropy, conflict, torch.ones_like(losses))):
-                self._sums[i] += values.sum()
+            for i, values in enumerate((weights, entropy, conflict)):
+                self._sums.add(i, values.sum())
+            self._sums.add(3, losses.numel())
         return ctx.mean_over_answers((weights - 1) * losses)
+
+    def end_task(self, ctx: Context) -> None:
+        """Add up what the processes counted."""
+        self._sums.total()
 
     def evidence(self) -> dict[str, Any]:
         """Over all answers: mean weight taken away, mean entropy (0 to 1), share masked."""
-        weight, entropy, masked, answers = self._sums.tolist()
+        weight, entropy, masked, answers = self._sums.values()
         count = max(answers, 1)
         return {
             "weight_removed": (answers - weight) / count,
@@ -116,12 +121,12 @@ class EAFT(Method):
 
     def state(self) -> State:
         """The mask's limits and what was counted."""
-        return State({"limits": self._limits, "sums": self._sums})
+        return State({"limits": self._limits, "sums": self._sums.total()})
 
     def restore(self, ctx: Context, state: State) -> None:
         """Go on counting, by the same limits."""
         self._limits = state.tensors["limits"].to(ctx.device)
-        self._sums = state.tensors["sums"].to(ctx.device)
+        self._sums = Sums.of(state.tensors["sums"], ctx.device)
 
     def declared_bytes(self, ctx: Context) -> int:
         """Six numbers."""

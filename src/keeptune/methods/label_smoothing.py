@@ -23,6 +23,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from keeptune.method import Batch, Context, Method, State
+from keeptune.methods._distil import Sums
 
 
 def lead(logits: Tensor, labels: Tensor) -> Tensor:
@@ -45,34 +46,37 @@ class LabelSmoothing(Method):
     active_from: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
-    _sums: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    _sums: Sums = PrivateAttr(default_factory=lambda: Sums(2))
 
     def begin_task(self, ctx: Context) -> None:
         """Count anew."""
-        self._sums = torch.zeros(2, dtype=torch.float64, device=ctx.device)
+        self._sums = Sums(2, ctx.device)
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
         """What smoothing adds to the trainer's own loss of one micro batch."""
         if not self.smoothing:
             return None
         leads = lead(ctx.answer_logits(outputs.logits, batch), ctx.answer_labels(batch))
-        # Kept as running sums so that nothing waits for the device at each step.
-        self._sums[0] += leads.detach().sum()
-        self._sums[1] += leads.numel()
+        self._sums.add(0, leads.detach().sum())
+        self._sums.add(1, leads.numel())
         return self.smoothing * ctx.mean_over_answers(leads)
+
+    def end_task(self, ctx: Context) -> None:
+        """Add up what the processes counted."""
+        self._sums.total()
 
     def evidence(self) -> dict[str, Any]:
         """Answers trained on, and by how much their logits lead the mean logit, in nats."""
-        total, answers = self._sums.tolist()
+        total, answers = self._sums.values()
         return {"answers_smoothed": int(answers), "lead": total / max(answers, 1)}
 
     def state(self) -> State:
         """What was counted."""
-        return State({"sums": self._sums})
+        return State({"sums": self._sums.total()})
 
     def restore(self, ctx: Context, state: State) -> None:
         """Go on counting."""
-        self._sums = state.tensors["sums"].to(ctx.device)
+        self._sums = Sums.of(state.tensors["sums"], ctx.device)
 
     def declared_bytes(self, ctx: Context) -> int:
         """Two numbers."""
