@@ -9,7 +9,6 @@ task.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import Counter
@@ -33,7 +32,6 @@ from keeptune.folder import (
     Routes,
     RunFolder,
     TaskEvidence,
-    Unit,
 )
 from keeptune.guard import Guard
 from keeptune.harness import score_lm_eval
@@ -41,20 +39,13 @@ from keeptune.machine import peak_memory, translated
 from keeptune.method import Context
 from keeptune.privacy import without_text
 from keeptune.progress import Progress
+from keeptune.scorers import cell_score
 from keeptune.serving import Prompts, routes, score_served
 from keeptune.session import Session
+from keeptune.steering import Steering
 from keeptune.stream import Task
 
 KEPT_STATES = 2
-
-
-def cell_score(examples: list[Example], unit: Unit) -> float:
-    """Weighted mean of the examples' scores; for perplexity exp of it. NaN without examples."""
-    weight = sum(e.weight for e in examples)
-    if not weight:
-        return math.nan
-    mean = sum(e.score * e.weight for e in examples) / weight
-    return math.exp(mean) if unit == "perplexity" else mean
 
 
 class Loop:
@@ -78,6 +69,10 @@ class Loop:
         session.trainer.args.output_dir = str(folder.path / "logs")
         session.trainer.progress_root = self.states / "progress"
         session.trainer.files = self.states / "files"
+        self.steering: Steering | None = None
+        if session.plan.watch is not None or session.plan.budget is not None:
+            self.steering = Steering(session, folder, progress, stop)
+        session.trainer.overseer = self.steering
         session.trainer.watch(self._report, session.plan.checkpoint_minutes, stop)
 
     def run(self) -> None:
@@ -134,7 +129,8 @@ class Loop:
             raise KeyboardInterrupt
         self._check_weights(task.name)
         trained = int(trainer.tokens_trained) - tokens
-        self._add_cost("train", task.name, started + trainer.end_task_seconds, trained)
+        aside = trainer.end_task_seconds + (self.steering.seconds if self.steering else 0.0)
+        self._add_cost("train", task.name, started + aside, trained)
         self.folder.add_phase(
             Phase(phase="end_task", task=task.name, seconds=trainer.end_task_seconds)
         )

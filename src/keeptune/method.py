@@ -194,8 +194,9 @@ class Method(BaseModel):
             logits of all answers at once).
         traits: What it does that others may not bear: "anchor" (holds weights by name),
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart",
-            "freeze" (chooses which weights are trained in a task), "isolation" (answers of an
-            earlier task, served by its name, never change by one bit).
+            "freeze" (chooses which weights are trained in a task), "moves" (sets the weights anew
+            when a task ends), "isolation" (answers of an earlier task, served by its name, never
+            change by one bit).
         excludes: Traits that another method in the strategy must not have.
         keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
             order and adds none before its turn. A method without a `data` verb need not say so.

@@ -61,14 +61,14 @@ def fit(
         guards: Name to evaluation rows that must not get worse, or `Guard` objects.
         adapter: A PEFT config; None trains all weights.
         **settings: `trainer`, `online`, `seed`, `max_length`, `eval_batch_size`,
-            `checkpoint_minutes`, `privacy`, `progress`, each as in a recipe.
+            `checkpoint_minutes`, `privacy`, `watch`, `budget`, `progress`, each as in a recipe.
 
     Raises:
         KeeptuneError: Anything a user can mend.
     """
     allowed = {
         "trainer", "online", "seed", "max_length", "eval_batch_size", "checkpoint_minutes",
-        "privacy", "progress",
+        "privacy", "watch", "budget", "progress",
     }  # fmt: skip
     if unknown := set(settings) - allowed:
         raise RecipeError(f"fit has no setting {sorted(unknown)[0]!r}. Allowed: {sorted(allowed)}.")
@@ -81,9 +81,10 @@ def fit(
         guards = [Guard(name, read_rows(rows)) for name, rows in guards.items()]
     stream, kept = TaskStream(tasks), list(guards)
     plan = _plan(model, tokenizer, stream, kept, methods, adapter, settings)
+    recipe = _described(plan, settings)
+    plan.watch, plan.budget = recipe.watch, recipe.budget
     with quiet():
         session = open_session(plan)
-    recipe = _described(plan, settings)
     folder = RunFolder.create(out, describe(session, recipe), dump(recipe))
     return Fitted(session.model, finish(session, folder, progress))
 

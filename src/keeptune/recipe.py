@@ -27,6 +27,7 @@ from keeptune.recipe_errors import sentences
 from keeptune.recipe_parts import (
     Adapter,
     AdapterRecipe,
+    BudgetRecipe,
     GuardRecipe,
     LmEvalGuard,
     MethodRecipe,
@@ -35,18 +36,21 @@ from keeptune.recipe_parts import (
     TaskRecipe,
     Text,
     TextGuard,
+    WatchRecipe,
     names_of,
 )
 from keeptune.yamltext import Document
 
 __all__ = [
     "Adapter",
+    "BudgetRecipe",
     "GuardRecipe",
     "LmEvalGuard",
     "Recipe",
     "RowsGuard",
     "TaskRecipe",
     "TextGuard",
+    "WatchRecipe",
     "check_adapter",
     "check_methods",
     "check_recipe",
@@ -95,6 +99,10 @@ class Recipe(Part):
     """Minutes between two saved states inside a task; 0 saves after every step."""
     privacy: Literal["open", "strict"] = "open"
     """strict: no method may keep training rows, and results are kept without any text."""
+    watch: WatchRecipe | None = None
+    """Look at guards and earlier tasks while a task is learned, and act when they fall."""
+    budget: BudgetRecipe | None = None
+    """What may be lost: after each task only so large a step is taken."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only for models whose code you have read."""
 

@@ -186,6 +186,63 @@ MethodRecipe = Annotated[
 ]
 
 
+Limit = Annotated[float, Field(ge=0)]
+
+
+class WatchRecipe(Part):
+    """Small fixed samples of guards and tasks, scored again and again while a task is learned."""
+
+    every: int = Field(50, ge=1)
+    """Optimizer steps between two looks, if there is time."""
+    items: int = Field(64, ge=8)
+    """Examples of each guard and each task, drawn once from its evaluation rows."""
+    guards: list[Text] | None = None
+    """Guards to look at; default: all that have rows."""
+    tasks: Literal["past", "none"] = "past"
+    """Look at the tasks learned before, or at no earlier task."""
+    max_overhead: float = Field(0.1, gt=0, le=1)
+    """Largest share of the time of training that looks may take; 1 never leaves one out."""
+    on_drop: Literal["warn", "stop", "rollback"] = "warn"
+    """When something falls below its line: say so, end the task, or end it at the last weights \
+that were seen inside all lines."""
+    lines: dict[Text, Limit] = {}
+    """Points that a guard, or past_tasks, may fall while a task is learned (for a perplexity, its \
+relative rise); default: 0, so that any sure loss counts."""
+    confidence: float = Field(0.95, ge=0.5, lt=1)
+    """How sure a fall must be, over all looks of a task together."""
+
+
+class BudgetRecipe(Part):
+    """What may be lost; after each task the largest step is taken that keeps inside.
+
+    Any further key is the name of a guard, and its value the points that it may fall in all (for a
+    perplexity, its relative rise).
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Limit] = Field(init=False)
+
+    past_tasks: Limit | None = None
+    """Points that the tasks learned before may fall, all their rows together."""
+    confidence: float = Field(0.95, ge=0.5, lt=1)
+    """How sure it must be that the budget is kept."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> BudgetRecipe:
+        if self.past_tasks is None and not self.guards:
+            raise PydanticCustomError(
+                "said",
+                "{field} says nothing that may be lost; name a guard or past_tasks: "
+                "{{facts: 1.0, past_tasks: 2.0}}.",
+            )
+        return self
+
+    @property
+    def guards(self) -> dict[str, float]:
+        """What each guard may lose."""
+        return dict(self.__pydantic_extra__ or {})
+
+
 def names_of(part: Any) -> list[str]:
     """The names under which a task, guard or method appears in results."""
     if isinstance(part, LmEvalGuard):

@@ -189,7 +189,7 @@ def _refuse_several() -> None:
 def take_row_0(folder: RunFolder, other: RunFolder) -> None:
     """Take over what another run measured before training; nothing where anything differs."""
     mine, others = (resolve(load_recipe(f.path / "recipe.yaml")) for f in (folder, other))
-    learning = ("methods", "trainer", "out", "checkpoint_minutes")
+    learning = ("methods", "trainer", "watch", "budget", "out", "checkpoint_minutes")
     if any(mine[key] != others[key] for key in mine if key not in learning):
         return
     if folder.info.model["identity"] != other.info.model["identity"]:

@@ -7,10 +7,10 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from keeptune.errors import DataError, suggest
-from keeptune.folder import Unit
+from keeptune.folder import Example, Unit
 from keeptune.rows import Row, Rows, Shape, answer, options
 
 TextScore = Callable[[str, Row], float]
@@ -37,6 +37,15 @@ DEFAULTS = {
 def unit(score: str) -> Unit:
     """The unit: perplexity (lower is better), or share (0 to 1, higher is better) for all else."""
     return "perplexity" if score == "perplexity" else "share"
+
+
+def cell_score(examples: Sequence[Example], unit: Unit) -> float:
+    """Weighted mean of the examples' scores; for perplexity exp of it. NaN without examples."""
+    weight = sum(e.weight for e in examples)
+    if not weight:
+        return math.nan
+    mean = sum(e.score * e.weight for e in examples) / weight
+    return math.exp(mean) if unit == "perplexity" else mean
 
 
 def check_score(score: str, rows: Rows) -> None:

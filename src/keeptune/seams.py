@@ -39,6 +39,7 @@ from keeptune.disk import new_folder
 from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
 from keeptune.loss_terms import LossTerms
 from keeptune.method import OPTIONS, Context, Method
+from keeptune.overseer import Overseer
 
 # What a stream that is seen once needs of the trainer's arguments.
 ONLINE = {"num_train_epochs": 1, "max_steps": -1, "train_sampling_strategy": "sequential"}
@@ -68,6 +69,7 @@ class Seams(LossTerms):
         self.tasks_learned = 0
         self.end_task_seconds = 0.0
         self.files: Path | None = None  # where methods may keep files
+        self.overseer: Overseer | None = None
         self._require_gradients()
         self._require_adapter()
         self._require_classifier()
@@ -172,6 +174,8 @@ class Seams(LossTerms):
             resume = get_last_checkpoint(self.args.output_dir)
         self.strategy.begin_task(self.ctx)
         self._cover_new_weights()
+        if self.overseer is not None:
+            self.overseer.begin(self.ctx)
         if resume:
             # Rows that a method had the model write are to be those of the run that was stopped.
             self._restore_methods(Path(resume))
@@ -182,13 +186,24 @@ class Seams(LossTerms):
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
         output = None
-        if not (resume and _is_trained(Path(resume))):
+        if not (resume and self._is_trained(Path(resume))):
             output = super().train(resume_from_checkpoint=str(resume) if resume else None)
+        if self.overseer is not None:
+            self.overseer.end(self.ctx)
         ended = time.monotonic()
         self.strategy.end_task(self.ctx)
         self.end_task_seconds = time.monotonic() - ended
         self.tasks_learned = index + 1
         return output
+
+    def _is_trained(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint was taken at the last step.
+
+        transformers 5.23 would take one step more when the last step is in the middle of an epoch.
+        """
+        kept = state.read_json(checkpoint / "trainer_state.json")
+        is_last = kept["global_step"] >= kept["max_steps"]
+        return bool(is_last or (self.overseer is not None and self.overseer.ended))
 
     def _rows_in_step(self) -> int:
         each = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -265,15 +280,6 @@ class Seams(LossTerms):
             self.ctx.may_overflow = scaler is not None
             self.strategy.gradients(self.ctx)
         return loss
-
-
-def _is_trained(checkpoint: Path) -> bool:
-    """Whether a checkpoint was taken at the last step.
-
-    transformers 5.23 would take one step more when the last step is in the middle of an epoch.
-    """
-    kept = state.read_json(checkpoint / "trainer_state.json")
-    return bool(kept["global_step"] >= kept["max_steps"])
 
 
 class _Verbs(TrainerCallback):

@@ -13,7 +13,7 @@ import peft
 import torch
 from torch import nn
 
-from keeptune import registry, tokens
+from keeptune import registry, steering, tokens
 from keeptune.chain import Chain
 from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
 from keeptune.folder import DataInfo, MethodInfo
@@ -24,7 +24,7 @@ from keeptune.models import Loaded, load
 from keeptune.privacy import Privacy, refusal
 from keeptune.recipe import Recipe
 from keeptune.recipe_checks import check_recipe, peft_settings
-from keeptune.recipe_parts import TaskRecipe
+from keeptune.recipe_parts import BudgetRecipe, TaskRecipe, WatchRecipe
 from keeptune.rows import Shape, leaked, read_rows
 from keeptune.stream import Task, TaskStream
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
@@ -58,6 +58,8 @@ class Plan:
     eval_batch_size: int = 16
     checkpoint_minutes: float = 10.0
     privacy: Privacy = "open"
+    watch: WatchRecipe | None = None
+    budget: BudgetRecipe | None = None
 
 
 @dataclass
@@ -215,6 +217,8 @@ def read_plan(recipe: Recipe) -> Plan:
         eval_batch_size=recipe.eval_batch_size,
         checkpoint_minutes=recipe.checkpoint_minutes,
         privacy=recipe.privacy,
+        watch=recipe.watch,
+        budget=recipe.budget,
     )
 
 
@@ -273,6 +277,7 @@ def open_session(plan: Plan) -> Session:
     """
     if said := refusal(plan.methods, plan.privacy):
         raise MethodError(said)
+    steering.refuse(plan)
     collate = tokens.collate(plan.loaded.tokenizer)
     tokenised = [
         tokens.tokenise(

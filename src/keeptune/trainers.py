@@ -48,6 +48,7 @@ class Checkpoints(Seams):
             minutes: Wall-clock minutes between two saved states of a task; 0 saves at each step.
             stop: Once set, training saves a state at the next step and ends.
         """
+        self.add_callback(_Looks(self))
         self.add_callback(_Watch(self, report, minutes * 60, stop))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -63,6 +64,8 @@ class Checkpoints(Seams):
             weights = state.own_tensors(self.ctx.model)
             state.write_tensors(folder and folder / "weights.safetensors", weights)
             state.write_methods(folder, self.strategy)
+            if self.overseer is not None:
+                self.overseer.write(folder)
             state.write_optimizer(folder, self.optimizer)
             if folder is None:
                 return
@@ -83,6 +86,8 @@ class Checkpoints(Seams):
         assert self.ctx is not None
         weights = load_file(checkpoint / "weights.safetensors")
         state.put_tensors(self.ctx.model, weights)
+        if self.overseer is not None:
+            self.overseer.read(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `_restore` has put the weights back already."""
@@ -101,6 +106,28 @@ class Checkpoints(Seams):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.read_random(Path(checkpoint))
+
+
+class _Looks(TrainerCallback):
+    """Lets the overseer look after each step, and ends the task when it says so."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.overseer is not None:
+            self.trainer.overseer.start(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.overseer is None:
+            return
+        seen = trainer.overseer.after_step(trainer.ctx, state.global_step, state.max_steps)
+        if seen:
+            # TRL's own would take the means of its figures since the last log, and begin anew.
+            Trainer.log(trainer, seen)
+        if trainer.overseer.ended:
+            control.should_training_stop = True
 
 
 class _Watch(TrainerCallback):

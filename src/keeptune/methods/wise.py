@@ -77,6 +77,7 @@ class WiSE(Method):
     neutral: ClassVar[dict[str, Any]] = {"mix": 1.0}
     proof: ClassVar[str] = "moved_back"
     active_from: ClassVar[int] = 0
+    traits: ClassVar[frozenset[str]] = frozenset({"moves"})
     excludes: ClassVar[frozenset[str]] = frozenset({"structure", "restart"})
 
     _before: dict[str, Tensor] = PrivateAttr(default_factory=dict)

@@ -1,0 +1,111 @@
+"""The largest step from the weights before a task towards those after it that a budget allows.
+
+The step is found by bisection on one half of the evaluation rows and confirmed on the other half;
+where it is not confirmed, half of it is tried, and then a quarter. Each of these trials asks for so
+much more confidence that together they keep to the one asked for. A step of 0 is the model from
+before the task, which can always be had.
+
+The idea is WiSE-FT's (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903), with a measured step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from keeptune.methods._factors import mix_factors
+from keeptune.watchlog import Tried
+
+HALVINGS = 5  # a step is found to 1/32
+TRIES = 3
+Measure = Callable[[float, Literal["search", "fresh"]], Tried]
+
+
+def largest_step(measure: Measure) -> tuple[float, list[Tried]]:
+    """The largest step that is confirmed, if what is lost grows with the step.
+
+    Args:
+        measure: Tries a step, 0 to 1, on one of the two samples.
+
+    Returns:
+        The step, and all that was tried.
+    """
+    tried = [measure(1.0, "search")]
+    step = 1.0
+    if not tried[0].inside:
+        step, beyond = 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (step + beyond) / 2
+            tried.append(measure(middle, "search"))
+            if tried[-1].inside:
+                step = middle
+            else:
+                beyond = middle
+    for _ in range(TRIES if step else 0):
+        tried.append(measure(step, "fresh"))
+        if tried[-1].inside:
+            return step, tried
+        step /= 2
+    return 0.0, tried
+
+
+def snapshot(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """A copy of weights."""
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+@torch.no_grad()
+def put(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Give weights the values of a snapshot."""
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
+class Between:
+    """Puts a model's weights anywhere between two snapshots.
+
+    Of a LoRA module the update ΔW is what moves in a straight line, cut to the adapter's rank, since
+    halfway between two pairs of factors is not halfway between their products. All other weights
+    move themselves. Both ends are exact.
+
+    Args:
+        old: The weights before.
+        weights: The weights after; these are moved.
+
+    Attributes:
+        cut: The largest relative error of an update by its cut so far.
+    """
+
+    def __init__(self, old: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:
+        self._old, self._weights = old, weights
+        self._new = snapshot(weights)
+        self.cut = 0.0
+
+    @torch.no_grad()
+    def move(self, mix: float) -> None:
+        """Set the weights to so large a share of the new ones."""
+        if mix in (0.0, 1.0):
+            put(self._weights, self._new if mix else self._old)
+            return
+        for name, weight in self._weights.items():
+            first, partner = _pair(name)
+            if first != name and first in self._weights:
+                continue  # moves with its partner
+            if partner != name and partner in self._weights:
+                old = self._old[name], self._old[partner]
+                new = self._new[name], self._new[partner]
+                a, b, error = mix_factors(old, new, mix)
+                weight.copy_(a)
+                self._weights[partner].copy_(b)
+                self.cut = max(self.cut, error)
+            else:
+                weight.copy_(self._old[name] + mix * (self._new[name] - self._old[name]))
+
+
+def _pair(name: str) -> tuple[str, str]:
+    """The names of both factors of a LoRA module; twice the same for any other weight."""
+    first = name.replace(".lora_B.", ".lora_A.")
+    return first, first.replace(".lora_A.", ".lora_B.")

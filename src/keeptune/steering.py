@@ -1,0 +1,273 @@
+"""What keeps a run inside its lines: looks while a task is learned, and the step after it.
+
+A trainer asks this at both ends of a task and after each step (see `seams.Overseer`). It scores the
+weights that are trained, as they stand, with the model's mode and all random numbers put back.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from keeptune import lines, state, watchlog
+from keeptune.budget import TRIES, Between, largest_step, put, snapshot
+from keeptune.errors import RecipeError
+from keeptune.evaluate import score_rows
+from keeptune.folder import Example, Phase, RunFolder
+from keeptune.intervals import Bounds
+from keeptune.lines import Line, Probe
+from keeptune.method import Context, Method
+from keeptune.progress import Progress
+from keeptune.watch import Clock, Watch
+from keeptune.watchlog import Frontier, Look, Tried
+from keeptune.wording import number, unit_of
+
+if TYPE_CHECKING:
+    from keeptune.session import Plan, Session
+
+
+def refuse(plan: Plan) -> None:
+    """Refuse a watch or a budget that cannot be kept.
+
+    Raises:
+        RecipeError: Names that no guard has, or methods that it does not go together with.
+    """
+    lines.refuse_unknown(plan.watch, plan.budget, plan.guards)
+    for field, settings in (("watch", plan.watch), ("budget", plan.budget)):
+        for method in plan.methods if settings is not None else ():
+            if why := _clash(field, method):
+                raise RecipeError(
+                    f"{field} cannot be used with the method {method.name()!r}, which {why}. "
+                    "Remove one of them."
+                )
+
+
+def _clash(field: str, method: Method) -> str:
+    if type(method).serve is not Method.serve:
+        return "answers with other weights or questions than those that are trained"
+    if field == "budget":
+        if method.traits & {"structure", "restart"}:
+            return "does not go on from the weights before a task"
+        if "moves" in method.traits:
+            return "sets the weights anew when a task ends"
+    return ""
+
+
+class Steering:
+    """Watches and holds one run.
+
+    Args:
+        session: What runs.
+        folder: Where its results are.
+        progress: Who is told.
+        stop: Once set, nothing is begun any more.
+        clock: Seconds that only ever grow.
+
+    Attributes:
+        seconds: What looks and the budget took in the present task, of what this process did.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        progress: Progress,
+        stop: Event,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.session, self.folder, self.progress, self.stop = session, folder, progress, stop
+        self._clock = clock
+        self._watch: Watch | None = None
+        self._old: dict[str, Tensor] = {}
+        self._good: dict[str, Tensor] = {}
+        self.seconds = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the present task was ended before its last step."""
+        return self._watch is not None and self._watch.ended
+
+    # -- what a trainer asks ------------------------------------------------------------------
+
+    def begin(self, ctx: Context) -> None:
+        """A task begins: its first weights are kept where they may be wanted again."""
+        plan, self._watch, self.seconds = self.session.plan, None, 0.0
+        goes_back = plan.watch is not None and plan.watch.on_drop == "rollback"
+        self._old = snapshot(ctx.trainable()) if goes_back or plan.budget is not None else {}
+        self._good = self._old
+        if plan.watch is not None:
+            chosen = lines.watched(plan.watch, plan.stream, plan.guards, ctx.index, plan.seed)
+            self._watch = Watch(plan.watch, chosen, self.folder, ctx.task, ctx.index, self._clock)
+
+    def start(self, step: int, steps: int) -> None:
+        """Training begins, or goes on after a step."""
+        if self._watch is None:
+            return
+        watchlog.cut(self.folder, self._watch.index, step if step else -1)
+        if not step:
+            look = self._watch.start(steps, lambda p: lines.scores_before(p, self.folder))
+            watchlog.add(self.folder, look)
+        self._watch.pace.start()
+
+    def after_step(self, ctx: Context, step: int, steps: int) -> dict[str, float]:
+        """Look, where it is time to, and act.
+
+        Returns:
+            What a tracker is told; nothing where there was no look.
+        """
+        if self._watch is None or self.stop.is_set():
+            return {}
+        with kept_random():
+            look = self._watch.after_step(step, steps, self._score)
+        if look is None:
+            return {}
+        self.seconds += look.seconds
+        if self._watch.ended and look.action == "rollback":
+            put(ctx.trainable(), self._good)
+        elif self._watch.good_step == step and self._watch.settings.on_drop == "rollback":
+            self._good = snapshot(ctx.trainable())
+        watchlog.add(self.folder, look)
+        self._tell(look)
+        return {f"watch/{p.name}": p.score for p in look.points} | {
+            f"watch_change/{p.name}": p.change for p in look.points
+        }
+
+    def end(self, ctx: Context) -> None:
+        """A task is trained: take as much of it as the budget allows."""
+        budget = self.session.plan.budget
+        self._add_cost("watch", ctx.task, self.seconds)
+        if self.stop.is_set():
+            return
+        if budget is not None:
+            began = self._clock()
+            with kept_random():
+                frontier = self._hold(ctx, began)
+            watchlog.write_frontier(self.folder, frontier)
+            self._add_cost("budget", ctx.task, frontier.seconds)
+            self.seconds += frontier.seconds
+        self._old = self._good = {}
+
+    def write(self, folder: Path | None) -> None:
+        """Keep what a resumed run needs beside the state of a trainer."""
+        if self._watch is None:
+            return
+        state.write_tensors(folder and folder / "watch.safetensors", self._good)
+        if folder is not None:
+            state.write_json(folder / "watch.json", self._watch.state())
+
+    def read(self, folder: Path) -> None:
+        """Take back what `write` kept; the task has begun."""
+        if self._watch is None:
+            return
+        self._watch.restore(state.read_json(folder / "watch.json"))
+        device = next(self.session.model.parameters()).device
+        kept = load_file(folder / "watch.safetensors")
+        self._good = {name: tensor.to(device) for name, tensor in kept.items()}
+
+    # -- looks --------------------------------------------------------------------------------
+
+    def _score(self, probe: Probe) -> Sequence[Example]:
+        plan = self.session.plan
+        return score_rows(
+            self.session.model,
+            self.session.tokenizer,
+            probe.rows,
+            probe.item.score,
+            batch_size=plan.eval_batch_size,
+            max_new_tokens=probe.item.max_new_tokens,
+            max_length=plan.max_length,
+            labels=plan.labels,
+        )
+
+    def _tell(self, look: Look) -> None:
+        self.progress.advance(look.step, **{f"{p.name}_{p.unit}": p.score for p in look.points})
+        if look.action:
+            self.progress.warn(said(look))
+
+    # -- budget -------------------------------------------------------------------------------
+
+    def _hold(self, ctx: Context, began: float) -> Frontier:
+        plan = self.session.plan
+        assert plan.budget is not None
+        between = Between(self._old, ctx.trainable())
+        chosen = lines.held(plan.budget, plan.stream, plan.guards, ctx.index)
+        both = [lines.halves(line, plan.seed) for line in chosen]
+        sure = plan.budget.confidence
+        self.progress.phase(f"the step inside the budget after {ctx.task}", 0, "trials")
+        done = 0
+
+        def measure(mix: float, sample: Literal["search", "fresh"]) -> Tried:
+            nonlocal done
+            between.move(mix)
+            half = [parts[sample == "fresh"] for parts in both]
+            level = 1 - (1 - sure) / TRIES if sample == "fresh" else sure
+            tried = self._try(mix, sample, [line for line in half if line.probes], level)
+            done += 1
+            self.progress.advance(done)
+            return tried
+
+        mix, tried = largest_step(measure)
+        between.move(mix)
+        self.progress.note(f"{ctx.task}: {100 * mix:.0f} % of the step is inside the budget")
+        return Frontier(
+            task=ctx.task,
+            index=ctx.index,
+            mix=mix,
+            cut=between.cut,
+            tried=tried,
+            seconds=self._clock() - began,
+        )
+
+    def _try(
+        self, mix: float, sample: Literal["search", "fresh"], half: Sequence[Line], level: float
+    ) -> Tried:
+        def is_unsure(allowed: float, at: Callable[[float], Bounds]) -> bool:
+            return at(level).low < -allowed
+
+        points = [lines.point(x, self._score, self.folder, level, is_unsure) for x in half]
+        inside = not any(point.is_below for point in points)
+        return Tried(mix=mix, sample=sample, points=points, inside=inside)
+
+    def _add_cost(self, phase: str, task: str, seconds: float) -> None:
+        if seconds:
+            self.folder.add_phase(Phase(phase=phase, task=task, seconds=seconds))
+
+
+def said(look: Look) -> str:
+    """One sentence on what fell, and what was done about it."""
+    fallen = [point for point in look.points if point.is_below]
+    parts = []
+    for point in fallen:
+        shown: Literal["points", "relative"] = "points" if point.unit == "share" else "relative"
+        fall = point.change if point.unit == "share" else float(np.expm1(-point.change))
+        parts.append(f"{point.name!r} ({number(fall, shown)}{unit_of(shown)})")
+    sentence = (
+        f"Step {look.step} of {look.steps} of task {look.task!r}: {', '.join(parts)} fell below "
+        f"{'its line' if len(parts) == 1 else 'their lines'}"
+    )
+    if look.action == "warn":
+        return f"{sentence}."
+    back = f" with the weights of step {look.back_to}" if look.action == "rollback" else ""
+    return f"{sentence}; the task ends here{back}."
+
+
+@contextmanager
+def kept_random() -> Iterator[None]:
+    """Puts the global random numbers back."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
