@@ -65,7 +65,11 @@ def generator(*words: object) -> np.random.Generator:
 
 
 def resample(
-    scores: Array, weights: Array, rng: np.random.Generator, draws: int = DRAWS
+    scores: Array,
+    weights: Array,
+    rng: np.random.Generator,
+    draws: int = DRAWS,
+    times: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """Bootstrap the weighted means of several rows, the same examples in each row of a draw.
 
@@ -75,6 +79,7 @@ def resample(
         rng: Two calls with generators of one seed and one n draw the same examples, which makes
             differences between runs paired.
         draws: How many.
+        times: [n], how often each example is there; default: once.
 
     Returns:
         Means, [draws, rows]; NaN in a row without weight.
@@ -82,12 +87,13 @@ def resample(
     Source: Efron and Tibshirani 1993, An introduction to the bootstrap, chapter 13.
     """
     n = scores.shape[1]
+    times = np.ones(n, dtype=np.int64) if times is None else times
     weighted = np.where(weights > 0, weights * scores, 0.0)
     means = np.full((draws, scores.shape[0]), np.nan)
     block = max(1, _BLOCK // max(n, 1))
     for start in range(0, draws if n else 0, block):
         size = min(block, draws - start)
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+        counts = rng.multinomial(times.sum(), times / times.sum(), size=size).astype(np.float64)
         total = counts @ weights.T
         np.divide(counts @ weighted.T, total, out=means[start : start + size], where=total > 0)
     return means
@@ -170,7 +176,9 @@ def paired_change(
     imagined = np.concatenate([changes, [spread, -spread]])
     weighed = np.concatenate([weights, np.full(2, weights.mean())])
     draws = max(DRAWS, int(np.ceil(_TAIL / (1 - confidence))))
-    means = resample(imagined[None], weighed[None], rng, draws)[:, 0]
+    # Items of right and wrong answers are of three kinds: one draw for each kind, not for each item.
+    kinds, times = np.unique(np.stack([imagined, weighed]), axis=1, return_counts=True)
+    means = resample(kinds[:1], kinds[1:], rng, draws, times)[:, 0]
     low, high = np.quantile(means, [1 - confidence, confidence]).tolist()
     step = spread / len(imagined)
     return Bounds(value, min(low, value) - step, max(high, value) + step)

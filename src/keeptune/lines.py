@@ -18,6 +18,7 @@ from keeptune.folder import Example, Kind, RunFolder, Unit
 from keeptune.guard import Guard
 from keeptune.guards import GROUPS
 from keeptune.intervals import Array, Bounds, generator, paired_change
+from keeptune.privacy import without_text
 from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
 from keeptune.rows import Rows
 from keeptune.scorers import cell_score
@@ -242,20 +243,41 @@ def _sampled(line: Line, items: int, seed: int) -> Line:
 # -- what they show -------------------------------------------------------------------------------
 
 
+class Earlier:
+    """What rows scored before, as a run folder has it; each file is read once.
+
+    Args:
+        folder: The run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._known: dict[tuple[int, Kind, int], dict[int, Example]] = {}
+
+    def __call__(self, probe: Probe) -> list[Example]:
+        """The results of a probe's rows, without their texts."""
+        key = (probe.before, probe.kind, probe.index)
+        if key not in self._known:
+            cell = self._folder.cell(*key)
+            assert cell is not None
+            self._known[key] = {example.id: without_text(example) for example in cell.examples}
+        return [self._known[key][i] for i in probe.ids]
+
+
 def point(
-    line: Line, score: Scorer, folder: RunFolder, confidence: float, is_below: Judge
+    line: Line, score: Scorer, before: Scorer, confidence: float, is_below: Judge
 ) -> Point:
     """Score a line's rows and compare them with their scores before.
 
     Args:
         line: What.
         score: Scores rows, with what the model is now.
-        folder: Where the scores before are.
+        before: Knows what they scored before.
         confidence: Of each bound.
         is_below: Judges the change of a line that has an allowance.
     """
     now = [example for probe in line.probes for example in score(probe)]
-    earlier = [example for probe in line.probes for example in scores_before(probe, folder)]
+    earlier = [example for probe in line.probes for example in before(probe)]
     found = change(now, earlier, line, confidence)
     return Point(
         name=line.name,
@@ -270,14 +292,6 @@ def point(
         is_below=line.allowed is not None
         and is_below(line.allowed, lambda sure: change(now, earlier, line, sure)),
     )
-
-
-def scores_before(probe: Probe, folder: RunFolder) -> list[Example]:
-    """What a probe's rows scored before, as the run folder has it."""
-    cell = folder.cell(probe.before, probe.kind, probe.index)
-    assert cell is not None
-    by_id = {example.id: example for example in cell.examples}
-    return [by_id[i] for i in probe.ids]
 
 
 def change(

@@ -25,7 +25,7 @@ from keeptune.errors import RecipeError
 from keeptune.evaluate import score_rows
 from keeptune.folder import Example, Phase, RunFolder
 from keeptune.intervals import Bounds
-from keeptune.lines import Line, Probe
+from keeptune.lines import Earlier, Line, Probe
 from keeptune.method import Context, Method
 from keeptune.progress import Progress
 from keeptune.watch import Clock, Watch
@@ -88,6 +88,7 @@ class Steering:
         self.session, self.folder, self.progress, self.stop = session, folder, progress, stop
         self._clock = clock
         self._watch: Watch | None = None
+        self._before = Earlier(folder)
         self._old: dict[str, Tensor] = {}
         self._good: dict[str, Tensor] = {}
         self.seconds = 0.0
@@ -102,12 +103,13 @@ class Steering:
     def begin(self, ctx: Context) -> None:
         """A task begins: its first weights are kept where they may be wanted again."""
         plan, self._watch, self.seconds = self.session.plan, None, 0.0
+        self._before = Earlier(self.folder)
         goes_back = plan.watch is not None and plan.watch.on_drop == "rollback"
         self._old = snapshot(ctx.trainable()) if goes_back or plan.budget is not None else {}
         self._good = self._old
         if plan.watch is not None:
             chosen = lines.watched(plan.watch, plan.stream, plan.guards, ctx.index, plan.seed)
-            self._watch = Watch(plan.watch, chosen, self.folder, ctx.task, ctx.index, self._clock)
+            self._watch = Watch(plan.watch, chosen, self._before, ctx.task, ctx.index, self._clock)
 
     def start(self, step: int, steps: int) -> None:
         """Training begins, or goes on after a step."""
@@ -115,8 +117,7 @@ class Steering:
             return
         watchlog.cut(self.folder, self._watch.index, step if step else -1)
         if not step:
-            look = self._watch.start(steps, lambda p: lines.scores_before(p, self.folder))
-            watchlog.add(self.folder, look)
+            watchlog.add(self.folder, self._watch.start(steps))
         self._watch.pace.start()
 
     def after_step(self, ctx: Context, step: int, steps: int) -> dict[str, float]:
@@ -234,7 +235,7 @@ class Steering:
         def is_unsure(allowed: float, at: Callable[[float], Bounds]) -> bool:
             return at(level).low < -allowed
 
-        points = [lines.point(x, self._score, self.folder, level, is_unsure) for x in half]
+        points = [lines.point(x, self._score, self._before, level, is_unsure) for x in half]
         inside = not any(point.is_below for point in points)
         return Tried(mix=mix, sample=sample, points=points, inside=inside)
 

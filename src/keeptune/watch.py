@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from keeptune.folder import RunFolder
 from keeptune.intervals import Bounds
 from keeptune.lines import Line, Scorer, point
 from keeptune.recipe_parts import WatchRecipe
@@ -88,7 +87,7 @@ class Watch:
     Args:
         settings: The recipe's.
         lines: What is looked at.
-        folder: The run.
+        before: Knows what rows scored before the task.
         task: The task's name.
         index: Its position in the stream.
         clock: Seconds that only ever grow.
@@ -98,21 +97,21 @@ class Watch:
         self,
         settings: WatchRecipe,
         lines: Sequence[Line],
-        folder: RunFolder,
+        before: Scorer,
         task: str,
         index: int,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.settings, self.lines, self.folder = settings, lines, folder
+        self.settings, self.lines, self._before = settings, lines, before
         self.task, self.index = task, index
         self.pace = Pace(settings.every, settings.max_overhead, clock)
         self.fallen: list[str] = []
         self.ended = False
         self.good_step = 0
 
-    def start(self, steps: int, before: Scorer) -> Look:
+    def start(self, steps: int) -> Look:
         """The look before the first step, at scores that are known already."""
-        return self._look(0, steps, before)
+        return self._look(0, steps, self._before)
 
     def after_step(self, step: int, steps: int, score: Scorer) -> Look | None:
         """Look, where it is time to; says in `action` what must be done.
@@ -154,7 +153,7 @@ class Watch:
             return at(self.settings.confidence).high < -allowed and at(strict).high < -allowed
 
         points: list[Point] = [
-            point(line, score, self.folder, self.settings.confidence, is_below)
+            point(line, score, self._before, self.settings.confidence, is_below)
             for line in self.lines
         ]
         return Look(
