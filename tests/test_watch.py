@@ -64,9 +64,7 @@ def scorer(
     def score(probe: Probe) -> list[Example]:
         before = before_task(probe)
         scores = changed(probe, [e.score for e in before])
-        return [
-            e.model_copy(update={"score": s}) for e, s in zip(before, scores, strict=True)
-        ]
+        return [e.model_copy(update={"score": s}) for e, s in zip(before, scores, strict=True)]
 
     return score
 
@@ -154,11 +152,11 @@ def last(found: Watch, score: Callable[[Probe], list[Example]], steps: int = 100
 
 def test_noise_is_not_acted_on(folder: RunFolder) -> None:
     ended = 0
-    for seed in range(20):
+    for seed in range(12):
         found = watch(folder, on_drop="stop")
         last(found, scorer(folder, noisy(seed)))
         ended += found.ended
-    assert ended <= 1
+    assert ended == 0
 
 
 @pytest.mark.parametrize("name", ["g", "h", "a"])

@@ -5,7 +5,7 @@ where it is not confirmed, half of it is tried, and then a quarter. Each of thes
 much more confidence that together they keep to the one asked for. A step of 0 is the model from
 before the task, which can always be had.
 
-The idea is WiSE-FT's (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903), with a measured step.
+WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903) with a step that is measured.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def put(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> No
 class Between:
     """Puts a model's weights anywhere between two snapshots.
 
-    Of a LoRA module the update ΔW is what moves in a straight line, cut to the adapter's rank, since
+    Of a LoRA module the update ΔW moves in a straight line and is cut to the adapter's rank, since
     halfway between two pairs of factors is not halfway between their products. All other weights
     move themselves. Both ends are exact.
 

@@ -15,6 +15,7 @@ from keeptune.folder import DataInfo, RunFolder
 from keeptune.results import load
 from keeptune.tracks import task_track
 from keeptune.units import shown_as
+from keeptune.watchlog import frontiers, looks
 from keeptune.wording import range_text, value_text
 
 Severity = Literal["error", "warning", "note"]
@@ -209,6 +210,31 @@ def _cut(folder: RunFolder) -> str | None:
     )
 
 
+def _fallen(folder: RunFolder) -> str | None:
+    found = []
+    for look in looks(folder):
+        names = ", ".join(repr(point.name) for point in look.points if point.is_below)
+        if look.action == "warn":
+            found.append(f"{names} fell at step {look.step} of {look.steps} of task {look.task!r}")
+        elif look.action:
+            back = f" with the weights of step {look.back_to}" * (look.back_to is not None)
+            found.append(
+                f"task {look.task!r} ended at step {look.step} of {look.steps}{back}, because "
+                f"{names} fell"
+            )
+    return _sentence(found)
+
+
+def _nothing_taken(folder: RunFolder) -> str | None:
+    held = [repr(frontier.task) for frontier in frontiers(folder) if not frontier.mix]
+    return (
+        f"No step at all was sure to keep inside the budget after task {', '.join(held)}: the "
+        "model is the one from before. More evaluation rows, or a larger budget, allow more."
+        if held
+        else None
+    )
+
+
 def _one_seed(folders: Sequence[RunFolder]) -> str | None:
     seeds: dict[str, set[int]] = {}
     for folder in folders:
@@ -280,6 +306,8 @@ CHECKS = (
     Check("KT009", "A guard starts near zero", "warning", _low_start),
     Check("KT010", "No guard", "note", _no_guard),
     Check("KT011", "Training rows were cut", "warning", _cut),
+    Check("KT012", "A watched line was crossed", "warning", _fallen),
+    Check("KT013", "The budget allowed nothing", "warning", _nothing_taken),
 )
 COMPARISONS = (
     Comparison("KT006", "One seed only", "note", _one_seed),

@@ -153,19 +153,23 @@ class Bounds:
 
 
 def paired_change(
-    changes: Array, weights: Array, spread: float, confidence: float, rng: np.random.Generator
+    changes: Array,
+    weights: Array,
+    imagined: tuple[float, float],
+    confidence: float,
+    rng: np.random.Generator,
 ) -> Bounds:
     """Mean change over items that were scored twice.
 
     A bootstrap that sees few items change, or none, takes the change for surer than it is. So it
-    draws from two imagined items beside the real ones, one better and one worse by `spread`, and
-    each bound stands off by one item more. Where no item changed, the bound is then that of the
-    rule of three, 3/n; and it agrees with the exact test of how many items changed sides.
+    draws from two imagined items beside the real ones, and each bound stands off by one item more.
+    Where no answer changed, the bound is then that of the rule of three, 3/n; and it agrees with
+    the exact test of how many answers changed sides.
 
     Args:
         changes: [n], each item's.
         weights: [n], not negative, not all 0.
-        spread: How far an item can change.
+        imagined: The changes of the two, such as one won and one lost: (1, -1).
         confidence: Of each bound.
         rng: Where the randomness comes from.
 
@@ -173,14 +177,14 @@ def paired_change(
         intervals for comparing matched proportions.
     """
     value = float((changes * weights).sum() / weights.sum())
-    imagined = np.concatenate([changes, [spread, -spread]])
+    drawn = np.concatenate([changes, imagined])
     weighed = np.concatenate([weights, np.full(2, weights.mean())])
     draws = max(DRAWS, int(np.ceil(_TAIL / (1 - confidence))))
-    # Items of right and wrong answers are of three kinds: one draw for each kind, not for each item.
-    kinds, times = np.unique(np.stack([imagined, weighed]), axis=1, return_counts=True)
+    # Answers change in three ways: one draw for each way, not for each answer.
+    kinds, times = np.unique(np.stack([drawn, weighed]), axis=1, return_counts=True)
     means = resample(kinds[:1], kinds[1:], rng, draws, times)[:, 0]
     low, high = np.quantile(means, [1 - confidence, confidence]).tolist()
-    step = spread / len(imagined)
+    step = abs(imagined[0] - imagined[1]) / 2 / len(drawn)
     return Bounds(value, min(low, value) - step, max(high, value) + step)
 
 

@@ -264,9 +264,7 @@ class Earlier:
         return [self._known[key][i] for i in probe.ids]
 
 
-def point(
-    line: Line, score: Scorer, before: Scorer, confidence: float, is_below: Judge
-) -> Point:
+def point(line: Line, score: Scorer, before: Scorer, confidence: float, is_below: Judge) -> Point:
     """Score a line's rows and compare them with their scores before.
 
     Args:
@@ -302,6 +300,8 @@ def change(
     pairs = zip(now, before, strict=True)
     changes: Array = np.array([sign * (a.score - b.score) for a, b in pairs], dtype=np.float64)
     weights: Array = np.array([example.weight for example in now], dtype=np.float64)
-    spread = 1.0 if line.unit == "share" else float(np.sqrt(np.mean(changes**2)))
+    # An answer can turn from right to wrong; a likelihood moves about as far as the others do.
+    mean, spread = float(changes.mean()), float(changes.std())
+    imagined = (1.0, -1.0) if line.unit == "share" else (mean + spread, mean - spread)
     rng = generator("paired", line.name, len(now))
-    return paired_change(changes, weights, spread, confidence, rng)
+    return paired_change(changes, weights, imagined, confidence, rng)

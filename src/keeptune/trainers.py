@@ -124,8 +124,10 @@ class _Looks(TrainerCallback):
             return
         seen = trainer.overseer.after_step(trainer.ctx, state.global_step, state.max_steps)
         if seen:
+            wanted = control.should_log
             # TRL's own would take the means of its figures since the last log, and begin anew.
             Trainer.log(trainer, seen)
+            control.should_log = wanted
         if trainer.overseer.ended:
             control.should_training_stop = True
 

@@ -1,0 +1,204 @@
+"""The step between old and new weights: found, confirmed, and kept on rows not seen before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+import pico
+from keeptune import budget, steering, watchlog
+from keeptune.budget import Between, largest_step, put, snapshot
+from keeptune.checks import run_checks
+from keeptune.folder import Example
+from keeptune.intervals import paired_change
+from keeptune.lines import Probe
+from keeptune.recipe import parse_recipe
+from keeptune.runs import run
+from keeptune.watchlog import Frontier, Tried
+
+Sample = Literal["search", "fresh"]
+
+
+def tried(mix: float, sample: Sample, inside: bool) -> Tried:
+    return Tried(mix=mix, sample=sample, points=[], inside=inside)
+
+
+# -- the search -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("edge", "found"), [(2.0, 1.0), (0.6, 0.59375), (0.3, 0.28125), (0.0, 0)])
+def test_the_largest_step_inside_is_found_to_one_in_32(edge: float, found: float) -> None:
+    step, every = largest_step(lambda mix, sample: tried(mix, sample, mix <= edge))
+    assert step == pytest.approx(found, abs=1e-9)
+    assert len(every) <= 1 + budget.HALVINGS + budget.TRIES
+
+
+def test_a_step_that_is_not_confirmed_goes_down_and_at_last_to_none() -> None:
+    def only(edge: float) -> tuple[float, list[str]]:
+        step, every = largest_step(
+            lambda mix, sample: tried(mix, sample, sample == "search" or mix <= edge)
+        )
+        return step, [f"{one.mix} {one.sample}" for one in every]
+
+    assert only(0.3) == (0.25, ["1.0 search", "1.0 fresh", "0.5 fresh", "0.25 fresh"])
+    assert only(0.1)[0] == 0.0
+
+
+def test_the_budget_is_kept_on_fresh_samples_in_19_of_20_runs() -> None:
+    """A toy whose true loss is known: each of many answers is lost with a chance of 6 α² %."""
+    allowed, kept, steps = 0.02, [], []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        order = rng.random((2, 400))
+
+        def measure(mix: float, sample: Sample) -> Tried:
+            lost = -(order[int(sample == "fresh")] < 0.06 * mix**2).astype(float)  # noqa: B023
+            sure = 0.95 if sample == "search" else 1 - 0.05 / budget.TRIES
+            found = paired_change(lost, np.ones(400), (1.0, -1.0), sure, np.random.default_rng(0))
+            return tried(mix, sample, found.low >= -allowed)
+
+        step, _ = largest_step(measure)
+        kept.append(0.06 * step**2 <= allowed)
+        steps.append(step)
+    assert np.mean(kept) >= 0.95
+    assert all(np.mean(kept[i : i + 20]) >= 0.95 for i in range(0, 100, 20))
+    assert np.mean(steps) > 0.2  # half of what could be had, were the truth known
+
+
+# -- the weights between --------------------------------------------------------------------------
+
+
+def test_full_weights_move_in_a_straight_line_with_exact_ends() -> None:
+    model = pico.causal_lm()
+    weights = dict(model.named_parameters())
+    old = snapshot(weights)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.add_(torch.randn_like(weight, generator=None) * 0.1)
+    new = snapshot(weights)
+    between = Between(old, weights)
+    for mix in (0.25, 1.0, 0.7, 0.0):
+        between.move(mix)
+        for name, weight in weights.items():
+            wanted = old[name] + mix * (new[name] - old[name])
+            torch.testing.assert_close(weight.detach(), wanted)
+            if mix in (0.0, 1.0):
+                assert torch.equal(weight, (new if mix else old)[name])
+    assert between.cut == 0.0
+
+
+def test_the_update_of_lora_moves_in_a_straight_line() -> None:
+    model: Any = pico.adapted(pico.causal_lm())
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    a = next(n for n in weights if ".lora_A." in n)
+    b = a.replace("lora_A", "lora_B")
+    old = snapshot(weights)
+    with torch.no_grad():
+        for name in (n for n in weights if ".lora_B." in n):
+            old[name].zero_()  # before the first task there is no update
+    put_new = snapshot(weights)
+    between = Between(old, weights)
+    between.move(0.5)
+    half = weights[b] @ weights[a]
+    torch.testing.assert_close(half, 0.5 * put_new[b] @ put_new[a], atol=1e-6, rtol=1e-4)
+    assert between.cut < 1e-6
+    put(weights, put_new)
+    assert torch.equal(weights[b], put_new[b])
+    # Two updates of rank 4 have a mean of rank 8, of which the best 4 are kept.
+    other = {name: torch.randn_like(value) for name, value in old.items()}
+    between = Between(other, weights)
+    between.move(0.5)
+    wanted = 0.5 * (other[b] @ other[a] + put_new[b] @ put_new[a])
+    best = torch.linalg.svdvals(wanted)[4:].norm() / wanted.norm()
+    error = (weights[b] @ weights[a] - wanted).norm() / wanted.norm()
+    assert float(error.detach()) == pytest.approx(float(best.detach()), rel=1e-3)
+    assert between.cut >= float(best.detach()) * 0.999
+
+
+# -- a whole run ----------------------------------------------------------------------------------
+
+
+def rows(task: int, n: int = 16) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    pico.tiny_folder(tmp_path)
+    for task in range(2):
+        text = "".join(json.dumps(row) + "\n" for row in rows(task))
+        (tmp_path / f"t{task}.jsonl").write_text(text)
+    # Letters that training makes less likely.
+    (tmp_path / "old.txt").write_text("ZYXWVUTSRQPONMLKJIHGFEDCBAZYXWVUQWERTZUI\n" * 400)
+    return tmp_path
+
+
+def held(home: Path, out: str, **changes: Any) -> Any:
+    names = [str(home / f"t{task}.jsonl") for task in range(2)]
+    return parse_recipe(
+        {
+            "model": str(home / "tiny"),
+            "adapter": "none",
+            "tasks": [
+                {"name": f"t{i}", "train": n, "eval": n, "recall": True, "score": "perplexity"}
+                for i, n in enumerate(names)
+            ],
+            "guards": [{"name": "old", "text": str(home / "old.txt")}],
+            "trainer": {
+                "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 0.01,
+                "lr_scheduler_type": "constant",
+            },
+            "out": str(home / out),
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def test_a_run_keeps_its_budget_and_shows_what_it_cost(home: Path) -> None:
+    plain = run(held(home, "plain"))
+    limit = {"old": 0.05, "past_tasks": 1000.0}
+    kept = run(held(home, "kept", budget=limit, methods=[{"ewc": {"strength": 1.0}}]))
+    loss = [f.matrix("guard")[:, 0] for f in (plain, kept)]
+    assert loss[0][-1] / loss[0][0] > 1.05, "nothing to hold back here"
+    assert (loss[1] / loss[1][0] <= 1.05).all()
+    assert kept.matrix("task")[2, 1] < kept.matrix("task")[1, 1]
+    found = watchlog.frontiers(kept)
+    assert [f.task for f in found] == ["t0", "t1"]
+    assert found[0].mix == 1.0
+    assert 0 < found[1].mix < 1
+    chosen = found[1].tried[-1]
+    assert (chosen.sample, chosen.inside, chosen.mix) == ("fresh", True, found[1].mix)
+    assert [p.name for p in chosen.points] == ["t1", "old", "past tasks, perplexity"]
+    assert chosen.points[0].change > 0  # something was learned
+    assert [p.name for p in found[0].tried[0].points] == ["t0", "old"]
+    assert "budget" in {p.phase for p in kept.cost().phases}
+
+
+def test_a_budget_that_cannot_be_kept_leaves_the_model_as_it_was(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse(self: steering.Steering, probe: Probe) -> Sequence[Example]:
+        return [e.model_copy(update={"score": e.score + 0.2}) for e in self._before(probe)]
+
+    monkeypatch.setattr(steering.Steering, "_score", worse)
+    none = run(held(home, "none", budget={"old": 0.1}))
+    guard = none.matrix("guard")[:, 0]
+    assert (guard == guard[0]).all()
+    assert [f.mix for f in watchlog.frontiers(none)] == [0.0, 0.0]
+    assert "after task 't0', 't1'" in {f.code: f.message for f in run_checks(none)}["KT013"]
+
+
+def test_a_frontier_is_read_back(home: Path, tmp_path: Path) -> None:
+    one = Frontier(
+        task="a", index=0, mix=0.5, cut=0.0, tried=[tried(0.5, "fresh", True)], seconds=1
+    )
+    assert Frontier.model_validate_json(one.model_dump_json()) == one
