@@ -17,7 +17,18 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from keeptune import checks, folder, guards, metrics, recipe, recipe_parts, registry, rows, scorers
+from keeptune import (
+    checks,
+    folder,
+    guards,
+    metrics,
+    recipe,
+    recipe_parts,
+    registry,
+    rows,
+    scorers,
+    watchlog,
+)
 from keeptune.cards import card
 from keeptune.cli import app
 from keeptune.method import Method
@@ -159,6 +170,8 @@ def recipe_page() -> str:
         recipe_parts.TextGuard: "guards: a text",
         recipe_parts.RowsGuard: "guards: rows",
         recipe_parts.LmEvalGuard: "guards: lm-eval",
+        recipe_parts.WatchRecipe: "watch",
+        recipe_parts.BudgetRecipe: "budget",
     }
     for model, title in titles.items():
         doc = " ".join((inspect.getdoc(model) or "").split())
@@ -265,6 +278,10 @@ def folder_page() -> str:
         "an example of a cell": folder.Example,
         "evidence/TTT.json": folder.TaskEvidence,
         "evidence of one method": folder.Evidence,
+        "watch.jsonl": watchlog.Look,
+        "budget/TTT.json": watchlog.Frontier,
+        "one step of budget/TTT.json": watchlog.Tried,
+        "a point of watch.jsonl or budget/TTT.json": watchlog.Point,
         "cost.json": folder.Cost,
         "a phase of cost.json": folder.Phase,
     }

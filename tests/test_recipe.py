@@ -125,6 +125,8 @@ def test_every_default_is_filled_in(written: Any) -> None:
         "eval_batch_size": 16,
         "max_length": None,
         "checkpoint_minutes": 10.0,
+        "watch": None,
+        "budget": None,
         "trust_remote_code": False,
     }
 

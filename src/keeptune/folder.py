@@ -9,6 +9,8 @@
     ├── evidence/002.json      what each method did while the second task was learned
     ├── cost.json              seconds by phase, peak memory, stored bytes
     ├── steps.jsonl            loss and speed over steps, for people and plots
+    ├── watch.jsonl            what was seen while tasks were learned, and what was done about it
+    ├── budget/002.json        the steps tried after the second task, and the one taken
     ├── report.html
     └── state/                 weights and method state after the last tasks, each with its hashes
 

@@ -13,6 +13,7 @@ from keeptune.report.axes import Axis, DotPlot, DotRow, Lane, Mark, axis_for, ma
 from keeptune.report.contradictions import Contradiction, contradictions
 from keeptune.report.figures import HeatCell, LossCurve, Panel, heat_map, loss_curve, panels
 from keeptune.report.flips import Flips, cut, flips
+from keeptune.report.steered import BudgetView, WatchView, budget_views, watch_view
 from keeptune.results import Results
 from keeptune.tracks import Track
 from keeptune.units import UNITS, shown_as
@@ -22,6 +23,8 @@ PHASES = {
     "load": "loading the model",
     "train": "training",
     "end_task": "end of task",
+    "watch": "watching",
+    "budget": "finding the step inside the budget",
     "evaluate": "evaluation",
     "save": "saving",
 }
@@ -92,6 +95,8 @@ class RunView:
     summary: Summary
     heat: list[list[HeatCell]]
     panels: list[Panel]
+    watch: WatchView | None
+    budget: list[BudgetView]
     guards: list[DotPlot]
     metrics: list[MetricRow]
     evidence: list[EvidenceTable]
@@ -123,6 +128,8 @@ def run_view(group: Group, position: int, flips_shown: int) -> RunView:
         summary=summary,
         heat=heat_map(results),
         panels=panels(results),
+        watch=watch_view(folder),
+        budget=budget_views(folder),
         guards=_guards(summary),
         metrics=metric_rows(group.metrics),
         evidence=_evidence(folder),
