@@ -15,9 +15,11 @@ import pico
 from keeptune import budget, steering, watchlog
 from keeptune.budget import Between, largest_step, put, snapshot
 from keeptune.checks import run_checks
+from keeptune.errors import RecipeError
 from keeptune.folder import Example
 from keeptune.intervals import paired_change
 from keeptune.lines import Probe
+from keeptune.notebook import fit
 from keeptune.recipe import parse_recipe
 from keeptune.runs import run
 from keeptune.watchlog import Frontier, Tried
@@ -195,6 +197,55 @@ def test_a_budget_that_cannot_be_kept_leaves_the_model_as_it_was(
     assert (guard == guard[0]).all()
     assert [f.mix for f in watchlog.frontiers(none)] == [0.0, 0.0]
     assert "after task 't0', 't1'" in {f.code: f.message for f in run_checks(none)}["KT013"]
+
+
+def test_a_run_killed_while_it_looks_for_the_step_goes_on_to_the_same_end(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = {"budget": {"old": 0.05}, "checkpoint_minutes": 0}
+    whole = run(held(home, "whole", **limit))
+    original, calls = Between.move, []
+
+    def die(self: Between, mix: float) -> None:
+        calls.append(mix)
+        if len(calls) == 6:  # in the search after the second task
+            raise InterruptedError
+        original(self, mix)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Between, "move", die)
+        with pytest.raises(InterruptedError):
+            run(held(home, "killed", **limit))
+    again = run(held(home, "killed", **limit), resume=True)
+    assert [f.mix for f in watchlog.frontiers(again)] == [
+        f.mix for f in watchlog.frontiers(whole)
+    ]  # fmt: skip
+    ends = [f.path / "state" / "task-002" / "manifest.json" for f in (again, whole)]
+    assert ends[0].read_text() == ends[1].read_text()
+
+
+def test_fit_takes_both_settings(tmp_path: Path) -> None:
+    fitted = fit(
+        pico.causal_lm(),
+        {"a": (rows(0), rows(0))},
+        tokenizer=pico.tokenizer(),
+        guards={"old": rows(7)},
+        out=tmp_path / "run",
+        trainer={"max_steps": 2, "per_device_train_batch_size": 8},
+        watch={"every": 1, "max_overhead": 1.0, "lines": {"old": 3}},
+        budget={"old": 100},
+    )
+    assert [look.step for look in watchlog.looks(fitted.folder)] == [0, 1, 2]
+    assert [f.mix for f in watchlog.frontiers(fitted.folder)] == [1.0]
+    with pytest.raises(RecipeError, match="budget names 'odl'"):
+        fit(
+            pico.causal_lm(),
+            {"a": (rows(0), rows(0))},
+            tokenizer=pico.tokenizer(),
+            guards={"old": rows(7)},
+            out=tmp_path / "other",
+            budget={"odl": 100},
+        )
 
 
 def test_a_frontier_is_read_back(home: Path, tmp_path: Path) -> None:

@@ -289,8 +289,17 @@ def test_names_that_no_guard_has_are_refused(settings: dict[str, object], words:
     watch = WatchRecipe.model_validate(settings["watch"]) if "watch" in settings else None
     budget = BudgetRecipe.model_validate(settings["budget"]) if "budget" in settings else None
     with pytest.raises(RecipeError) as caught:
-        lines.refuse_unknown(watch, budget, [*GUARDS, Guard("lm", None)])
+        lines.refuse_unknown(watch, budget, STREAM, [*GUARDS, Guard("lm", None)])
     assert words in str(caught.value)
+
+
+def test_few_rows_are_looked_at_but_not_judged_and_bear_no_budget() -> None:
+    few = Guard("few", read_rows(asked(7)), "exact_match")
+    line = lines.watched(WatchRecipe(), STREAM, [few], 0, 0)[-1]
+    assert (line.name, line.size, line.allowed) == ("few", 7, None)
+    budget = BudgetRecipe.model_validate({"few": 1.0})
+    with pytest.raises(RecipeError, match=r"at least 16 evaluation rows.* 'few' \(7\)"):
+        lines.refuse_unknown(None, budget, STREAM, [few])
 
 
 # -- what is kept ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from keeptune.stream import Task, TaskStream
 from keeptune.watchlog import Point, Role
 
 PAST = "past_tasks"
+FEWEST = 8  # rows below which nothing is sure
 Scorer = Callable[["Probe"], Sequence[Example]]
 # Whether a line is below what is allowed, by its change at any confidence.
 Judge = Callable[[float, Callable[[float], Bounds]], bool]
@@ -164,9 +165,12 @@ def members(name: str, guards: Sequence[Guard]) -> list[tuple[int, Guard]]:
 
 
 def refuse_unknown(
-    watch: WatchRecipe | None, budget: BudgetRecipe | None, guards: Sequence[Guard]
+    watch: WatchRecipe | None,
+    budget: BudgetRecipe | None,
+    stream: TaskStream,
+    guards: Sequence[Guard],
 ) -> None:
-    """Refuse names that no guard has.
+    """Refuse names that no guard has, and rows that are too few for a budget.
 
     Raises:
         RecipeError: With every problem, one line each.
@@ -177,6 +181,19 @@ def refuse_unknown(
         for name in names
         if (problem := _unknown(field, name, guards, allowed))
     ]
+    if budget is not None and not problems:
+        few = [
+            f"{line.name!r} ({line.size})"
+            for index in range(len(stream))
+            for line in held(budget, stream, guards, index)
+            if line.allowed is not None and line.size < 2 * FEWEST
+        ]
+        if few:
+            problems.append(
+                f"budget needs at least {2 * FEWEST} evaluation rows of each, half of them to find "
+                "a step and half to confirm it; too few are those of "
+                f"{', '.join(dict.fromkeys(few))}."
+            )
     if problems:
         raise RecipeError("\n".join(problems))
 
@@ -237,7 +254,8 @@ def _allowed(loss: float, unit: Unit, *, is_past: bool = False) -> float:
 
 def _sampled(line: Line, items: int, seed: int) -> Line:
     order = generator(seed, "watch", line.name).permutation(line.size)
-    return line.part(order[:items].tolist())
+    part = line.part(order[:items].tolist())
+    return part if part.size >= FEWEST else dataclasses.replace(part, allowed=None)
 
 
 # -- what they show -------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def refuse(plan: Plan) -> None:
     Raises:
         RecipeError: Names that no guard has, or methods that it does not go together with.
     """
-    lines.refuse_unknown(plan.watch, plan.budget, plan.guards)
+    lines.refuse_unknown(plan.watch, plan.budget, plan.stream, plan.guards)
     for field, settings in (("watch", plan.watch), ("budget", plan.budget)):
         for method in plan.methods if settings is not None else ():
             if why := _clash(field, method):

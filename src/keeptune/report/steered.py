@@ -9,7 +9,7 @@ from keeptune.folder import RunFolder
 from keeptune.intervals import Estimate
 from keeptune.report.axes import Axis, axis_for, mark
 from keeptune.units import Shown, convert, shown_as
-from keeptune.watchlog import Frontier, Look, Point, frontiers, looks
+from keeptune.watchlog import Frontier, Look, Point, Tried, frontiers, looks
 from keeptune.wording import estimate_text, value_text
 
 Ticks = list[tuple[float, str]]
@@ -172,22 +172,28 @@ def budget_views(folder: RunFolder) -> list[BudgetView]:
 
 
 def _budget(frontier: Frontier) -> BudgetView:
-    names = [point.name for point in frontier.tried[0].points]
+    names = list(dict.fromkeys(p.name for tried in frontier.tried for p in tried.points))
     rows = [
         [
             f"{100 * tried.mix:.0f}\u00a0%",
             "search" if tried.sample == "search" else "confirmation",
-            *(estimate_text(*_change(point)) for point in tried.points),
+            *(_changed(tried, name) for name in names),
             "yes" if tried.inside else "no",
         ]
         for tried in frontier.tried
     ]
-    curves = [_over_shares(frontier, at) for at in range(len(names))]
+    curves = [_over_shares(frontier, name) for name in names]
     return BudgetView(frontier.task, f"{100 * frontier.mix:.0f}\u00a0%", curves, names, rows)
 
 
-def _over_shares(frontier: Frontier, at: int) -> Curve:
-    own = sorted(((t.mix, t.points[at], t) for t in frontier.tried), key=lambda found: found[0])
+def _changed(tried: Tried, name: str) -> str:
+    found = [point for point in tried.points if point.name == name]
+    return estimate_text(*_change(found[0])) if found else "–"
+
+
+def _over_shares(frontier: Frontier, name: str) -> Curve:
+    every = sorted(frontier.tried, key=lambda tried: tried.mix)
+    own = [(t.mix, point, t) for t in every for point in t.points if point.name == name]
     first, shown = own[0][1], _change(own[0][1])[1]
     limit = None
     if first.allowed is not None:
