@@ -153,6 +153,7 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_only_loss_and_speeds_are_shown() -> None:
+def test_only_loss_speeds_and_scores_are_shown() -> None:
     figures = {"loss": float("nan"), "grad_norm": 1.5, "tokens_per_second": 12345.6}
-    assert figures_text(figures) == "loss nan, 12,346 tokens/s"
+    figures |= {"facts_share": 0.62, "old news_perplexity": 14.21}
+    assert figures_text(figures) == "loss nan, 12,346 tokens/s, facts 62 %, old news 14.21"

@@ -651,11 +651,14 @@ def test_schema_is_closed_and_describes_every_key() -> None:
     assert made == json.loads(json.dumps(made))
     assert made["required"] == ["model", "tasks"]
     parts = {"recipe": made, **made["$defs"]}
-    assert {"recipe", "Adapter", "TaskRecipe", "TextGuard", "RowsGuard", "LmEvalGuard"} == set(
-        parts
-    )
+    assert {
+        "recipe", "Adapter", "TaskRecipe", "TextGuard", "RowsGuard", "LmEvalGuard", "WatchRecipe",
+        "BudgetRecipe",
+    } == set(parts)  # fmt: skip
+    # A budget's further keys are guards.
+    assert parts["BudgetRecipe"].pop("additionalProperties") == {"type": "number", "minimum": 0}
     for part in parts.values():
-        assert part["additionalProperties"] is False
+        assert part.get("additionalProperties", False) is False
         assert all(key.get("description") for key in part["properties"].values())
     assert set(made["properties"]) == set(Recipe.model_fields)
     one = made["properties"]["methods"]["items"]["anyOf"]

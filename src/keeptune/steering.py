@@ -42,7 +42,6 @@ def refuse(plan: Plan) -> None:
     Raises:
         RecipeError: Names that no guard has, or methods that it does not go together with.
     """
-    lines.refuse_unknown(plan.watch, plan.budget, plan.stream, plan.guards)
     for field, settings in (("watch", plan.watch), ("budget", plan.budget)):
         for method in plan.methods if settings is not None else ():
             if why := _clash(field, method):
@@ -50,6 +49,7 @@ def refuse(plan: Plan) -> None:
                     f"{field} cannot be used with the method {method.name()!r}, which {why}. "
                     "Remove one of them."
                 )
+    lines.refuse_unknown(plan.watch, plan.budget, plan.stream, plan.guards)
 
 
 def _clash(field: str, method: Method) -> str:
