@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version as installed
@@ -30,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+SPREAD = ("run", "learn")  # commands that several processes can share
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -66,6 +69,9 @@ def main() -> int:
         finally:
             sys.stdout.flush()
     except KeeptuneError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # What the first process says too need not be said again: its end ends this one.
+            time.sleep(5)
         _complain(str(error))
         return 2
     except BrokenPipeError:
@@ -76,7 +82,14 @@ def main() -> int:
 
 
 @app.callback()
-def _before_any_command() -> None:
+def _before_any_command(ctx: typer.Context) -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and ctx.invoked_subcommand not in SPREAD:
+        raise KeeptuneError(
+            f"`keeptune {ctx.invoked_subcommand}` is one process, but was started as {count}. "
+            "Start it without torchrun or accelerate launch; "
+            f"several processes can {' and '.join(SPREAD)}."
+        )
     # TRL reports its use to a server unless told not to.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Threads that spin long while they wait make a shared machine many times slower; those that
@@ -278,9 +291,10 @@ def _inspect(recipe: Recipe) -> None:
 @contextmanager
 def _working(again: Sequence[str]) -> Iterator[Progress]:
     """Progress for a long command; Ctrl-C ends it with the command that continues it."""
-    from keeptune.progress import choose
+    from keeptune.processes import is_first
+    from keeptune.progress import Silent, choose
 
-    progress = choose(sys.stderr)
+    progress = choose(sys.stderr) if is_first() else Silent()
     progress.note("loading libraries, model and data")
     try:
         yield progress
@@ -298,8 +312,11 @@ def _show(folder: RunFolder) -> None:
     from keeptune import terminal
     from keeptune.checks import run_checks
     from keeptune.metrics import summarise
+    from keeptune.processes import is_first
     from keeptune.report import write
 
+    if not is_first():
+        return
     page = write([folder.path], None)
     console = Console()
     console.print(terminal.scores_table(summarise(folder)))

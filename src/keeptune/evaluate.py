@@ -2,15 +2,17 @@
 
 Rows are sorted by length and batched; results come back in row order and, up to float rounding,
 do not depend on the batch size. The model's mode, its settings and the global RNG stay as found.
+Several processes that each have the whole model share the batches, and all have all results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from keeptune.errors import DataError, ModelError
@@ -28,6 +30,7 @@ from keeptune.likelihood import (
     sequence_losses,
 )
 from keeptune.method import IGNORED, Ids
+from keeptune.processes import gathered, processes
 from keeptune.rows import Rows, Shape, answer, as_text, label_id, options, question
 from keeptune.scorers import check_score, text_score
 from keeptune.tokens import (
@@ -41,6 +44,7 @@ from keeptune.tokens import (
 )
 
 Prompt = Callable[[Ids, int], Ids]
+Result = TypeVar("Result")
 SPARE_TOKENS = 8  # beyond the expected answer, where no limit of new tokens is given
 
 
@@ -68,6 +72,13 @@ class _Job:
     prompt: Prompt
     truncated: int = 0
 
+    @property
+    def processes(self) -> tuple[int, int]:
+        """This process's number among those that share the rows, and how many they are."""
+        # Where FSDP spreads the weights no process can go forward without the others.
+        is_spread = any(isinstance(p, DTensor) for p in self.model.parameters())
+        return (0, 1) if is_spread else processes()
+
     def asked(self, ids: Ids, room: int) -> Ids:
         """What stands in for a question, in at most `room` tokens."""
         ids = self.prompt(ids, room)
@@ -75,13 +86,24 @@ class _Job:
         return cut_left(ids, self.tokenizer, room)
 
     def batches(self, sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-        """Row numbers in batches, longest first; a batch's padded size stays within `most`."""
+        """Row numbers in batches, longest first; a batch's padded size stays within `most`.
+
+        Of several processes each has the batches of its turn.
+        """
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        turn, (number, count) = 0, self.processes
         while order:
             n = max(1, min(self.batch_size, most // max(sizes[order[0]], 1)))
-            yield order[:n]
+            if turn % count == number:
+                yield order[:n]
             self.tick(n if n < len(order) else len(order))
-            order = order[n:]
+            order, turn = order[n:], turn + 1
+
+    def all(self, found: dict[int, Result]) -> list[Result]:
+        """The results of all processes, in row order."""
+        shares = [found] if self.processes[1] == 1 else gathered(found)
+        every = {i: result for share in shares for i, result in share.items()}
+        return [every[i] for i in range(len(self.rows))]
 
     def example(self, i: int, answered: str, score: float, weight: float = 1.0) -> Example:
         """The result of row `i`."""
@@ -165,14 +187,14 @@ def _perplexity(job: _Job) -> list[Example]:
     counts = [learned(labels) for _, labels in pairs]
     if not any(counts):
         raise DataError(f"no row of {job.rows.source} has a token whose likelihood can be had.")
-    losses = [0.0] * len(pairs)
+    losses: dict[int, float] = {}
     for batch in job.batches([len(ids) for ids, _ in pairs], most_tokens(job.model)):
         some = sequence_losses(job.model, [pairs[i] for i in batch], pad_id(job.tokenizer))
         for i, loss in zip(batch, some, strict=True):
             losses[i] = loss / max(counts[i], 1)
     return [
         job.example(i, "", loss, float(n))
-        for i, (loss, n) in enumerate(zip(losses, counts, strict=True))
+        for i, (loss, n) in enumerate(zip(job.all(losses), counts, strict=True))
     ]
 
 
@@ -206,7 +228,7 @@ def _match(job: _Job) -> list[Example]:
             said = guess[: wrong[0] + 1] if wrong else guess
             text = job.tokenizer.decode(said).strip() + (" …" if wrong else "")
             examples[i] = job.example(i, text, float(not wrong))
-    return [examples[i] for i in range(len(rows))]
+    return job.all(examples)
 
 
 def _choose(job: _Job) -> list[Example]:
@@ -230,7 +252,7 @@ def _choose(job: _Job) -> list[Example]:
             texts, right = choices[i]
             best = mean.index(min(mean))
             examples[i] = job.example(i, texts[best], float(best == right))
-    return [examples[i] for i in range(len(rows))]
+    return job.all(examples)
 
 
 # ---- generation -----------------------------------------------------------------------------
@@ -265,7 +287,7 @@ def _generate(job: _Job, score: str, max_new_tokens: int | None) -> list[Example
         for i, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
             text = _text(job.tokenizer, new[: limits[i]], stops)
             examples[i] = job.example(i, text, judge(text, rows[i]))
-    return [examples[i] for i in range(len(rows))]
+    return job.all(examples)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Ids, stops: set[int]) -> str:
@@ -313,7 +335,7 @@ def _classify(job: _Job, labels: Sequence[str]) -> list[Example]:
                 )
             name = labels[guess] if guess < len(labels) else str(guess)
             examples[i] = job.example(i, name, float(guess == wanted[i]))
-    return [examples[i] for i in range(len(rows))]
+    return job.all(examples)
 
 
 def _check_model(model: Any, score: str) -> None:

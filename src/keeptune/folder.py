@@ -262,7 +262,10 @@ class RunFolder:
 
     def save_info(self) -> None:
         """Write run.json after `info` changed."""
-        write_atomic(self.path / "run.json", self.info.model_dump_json(indent=1).encode())
+        self._write("run.json", self.info.model_dump_json(indent=1))
+
+    def _write(self, name: str | Path, text: str) -> None:
+        write_atomic(self.path / name, text.encode())
 
     # -- results ------------------------------------------------------------------------------
 
@@ -272,7 +275,7 @@ class RunFolder:
 
     def write_cell(self, row: int, kind: Kind, index: int, cell: Cell) -> None:
         """Keep one entry of R."""
-        write_atomic(self.cell_file(row, kind, index), cell.model_dump_json().encode())
+        self._write(self.cell_file(row, kind, index).relative_to(self.path), cell.model_dump_json())
 
     def cell(self, row: int, kind: Kind, index: int) -> Cell | None:
         """One entry of R, or None where it was not evaluated."""
@@ -281,7 +284,7 @@ class RunFolder:
 
     def write_routes(self, row: int, routes: Routes) -> None:
         """Keep which tasks were chosen after one task of the stream."""
-        write_atomic(self._routes_file(row), routes.model_dump_json().encode())
+        self._write(self._routes_file(row).relative_to(self.path), routes.model_dump_json())
 
     def routes(self, row: int) -> Routes | None:
         """Which tasks were chosen, or None where the strategy chooses none."""
@@ -313,8 +316,7 @@ class RunFolder:
 
     def write_evidence(self, evidence: TaskEvidence) -> None:
         """Keep what the methods did while one task was learned."""
-        file = self.path / "evidence" / f"{evidence.index + 1:03d}.json"
-        write_atomic(file, evidence.model_dump_json(indent=1).encode())
+        self._write(f"evidence/{evidence.index + 1:03d}.json", evidence.model_dump_json(indent=1))
 
     def evidence(self) -> list[TaskEvidence]:
         """What the methods did, task by task."""
@@ -335,7 +337,7 @@ class RunFolder:
 
     def write_cost(self, cost: Cost) -> None:
         """Keep what the run cost so far."""
-        write_atomic(self.path / "cost.json", cost.model_dump_json(indent=1).encode())
+        self._write("cost.json", cost.model_dump_json(indent=1))
 
     def log_step(self, **figures: Any) -> None:
         """Append one line to steps.jsonl; a torn last line is tolerated by `steps`."""
@@ -351,3 +353,13 @@ class RunFolder:
                 figures = json.loads(line)
                 by_step[figures.get("task"), figures.get("step")] = figures
         return list(by_step.values())
+
+
+class ReadOnlyFolder(RunFolder):
+    """A run folder that another process writes; what is written here goes nowhere."""
+
+    def _write(self, name: str | Path, text: str) -> None:
+        """Nothing."""
+
+    def log_step(self, **figures: Any) -> None:
+        """Nothing."""

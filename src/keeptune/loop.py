@@ -2,6 +2,8 @@
 
 row 0 of R ─► for each task: learn ─► evidence ─► state ─► row t of R
 
+Several processes go through it together: the first one writes, and says where the folder stands.
+
 Every step leaves its result on disk before the next begins, and does nothing when its result is
 there already. So a killed run goes on where it was, and `learn` is the same story with one more
 task.
@@ -19,9 +21,11 @@ from threading import Event
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from keeptune import state
-from keeptune.disk import finish_replacing, new_folder, verify
+from keeptune.disk import finish_replacing, verify
 from keeptune.errors import FolderError, TrainingError
 from keeptune.folder import (
     Cell,
@@ -38,6 +42,7 @@ from keeptune.harness import score_lm_eval
 from keeptune.machine import peak_memory, translated
 from keeptune.method import Context
 from keeptune.privacy import without_text
+from keeptune.processes import first_says, gathered, is_first, processes
 from keeptune.progress import Progress
 from keeptune.scorers import cell_score
 from keeptune.serving import Prompts, routes, score_served
@@ -46,6 +51,11 @@ from keeptune.steering import Steering
 from keeptune.stream import Task
 
 KEPT_STATES = 2
+
+
+def _is_finite(weight: Tensor) -> bool:
+    own = weight.to_local() if isinstance(weight, DTensor) else weight
+    return bool(torch.isfinite(own).all())
 
 
 class Loop:
@@ -68,7 +78,11 @@ class Loop:
         self.states = folder.path / "state"
         session.trainer.args.output_dir = str(folder.path / "logs")
         session.trainer.progress_root = self.states / "progress"
-        session.trainer.files = self.states / "files"
+        number, count = processes()
+        files = self.states / "files"
+        session.trainer.files = files if count == 1 else files / str(number)
+        # Methods get their states back before the first task, and must meet shards then too.
+        session.model = session.trainer.shard()
         self.steering: Steering | None = None
         if session.plan.watch is not None or session.plan.budget is not None:
             self.steering = Steering(session, folder, progress, stop)
@@ -90,7 +104,9 @@ class Loop:
                 if row > done:
                     self.learn(row - 1)
                 self.evaluate(row)
-        self._remove_files()
+        first_says(None)  # every process is through
+        if is_first():
+            self._remove_files()
 
     @contextmanager
     def _status(self) -> Iterator[None]:
@@ -123,12 +139,11 @@ class Loop:
             task.name,
             self.session.tokenised[index].dataset,
             index=index,
-            resume=self._progress_in(index),
+            resume=first_says(self._progress_in(index) if is_first() else None),
         )
-        if self.stop.is_set():
-            raise KeyboardInterrupt
+        self._end_if_asked()
         self._check_weights(task.name)
-        trained = int(trainer.tokens_trained) - tokens
+        trained = sum(gathered(int(trainer.tokens_trained) - tokens))
         aside = trainer.end_task_seconds + (self.steering.seconds if self.steering else 0.0)
         self._add_cost("train", task.name, started + aside, trained)
         self.folder.add_phase(
@@ -142,23 +157,25 @@ class Loop:
         task = self.session.plan.stream[index].name
         shown = [Evidence(name=m.name(), values=m.evidence()) for m in chain]
         self.folder.write_evidence(TaskEvidence(task=task, index=index, methods=shown))
-        with new_folder(self.states / f"task-{index + 1:03d}") as files:
+        with self.session.trainer.folder_to_fill(self.states / f"task-{index + 1:03d}") as files:
             weights = state.own_tensors(self.session.model)
-            sizes = {"weights": state.write_tensors(files / "weights.safetensors", weights)}
-            sizes |= state.write_methods(files, chain)
-        shutil.rmtree(self.states / "progress", ignore_errors=True)
-        for old in self._states()[:-KEPT_STATES]:
-            shutil.rmtree(self.states / f"task-{old:03d}", ignore_errors=True)
+            written = state.write_tensors(files and files / "weights.safetensors", weights)
+            sizes = {"weights": written} | state.write_methods(files, chain)
+        if files is not None:
+            shutil.rmtree(self.states / "progress", ignore_errors=True)
+            for old in self._states()[:-KEPT_STATES]:
+                shutil.rmtree(self.states / f"task-{old:03d}", ignore_errors=True)
         self._add_cost("save", task, started, stored=sizes)
 
     def _check_weights(self, task: str) -> None:
-        for name, parameter in self.session.model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise TrainingError(
-                    f"Weights of {name} are not numbers after task {task!r}. The state from before "
-                    "this task is kept; lower trainer.learning_rate or a method's strength, and "
-                    "run again with --resume."
-                )
+        named = self.session.model.named_parameters()
+        wrong = (n for n, p in named if p.requires_grad and not _is_finite(p))
+        if found := [name for name in gathered(next(wrong, None)) if name]:
+            raise TrainingError(
+                f"Weights of {found[0]} are not numbers after task {task!r}. The state from before "
+                "this task is kept; lower trainer.learning_rate or a method's strength, and "
+                "run again with --resume."
+            )
 
     # -- state --------------------------------------------------------------------------------
 
@@ -176,10 +193,11 @@ class Loop:
             FolderError: The state is damaged; the message says which file, and from where the
                 run can go on.
         """
-        self._remove_files()
-        for parent in (self.states, self.states / "progress"):
-            finish_replacing(parent)
-        done = self._states()
+        if is_first():
+            self._remove_files()
+            for parent in (self.states, self.states / "progress"):
+                finish_replacing(parent)
+        done = first_says(self._states())
         if not done:
             return 0
         path = self.states / f"task-{done[-1]:03d}"
@@ -225,11 +243,19 @@ class Loop:
         plan = self.session.plan
         tasks: Sequence[Task | Guard] = list(plan.stream)
         pairs: list[tuple[Kind, Sequence[Task | Guard]]] = [("task", tasks), ("guard", plan.guards)]
+        there = first_says(
+            {
+                (kind, index)
+                for kind, items in pairs
+                for index in range(len(items))
+                if self.folder.cell_file(row, kind, index).is_file()
+            }
+        )
         missing = [
             (kind, index, item)
             for kind, items in pairs
             for index, item in enumerate(items)
-            if not self.folder.cell_file(row, kind, index).is_file()
+            if (kind, index) not in there
         ]
         if not missing:
             return
@@ -240,6 +266,7 @@ class Loop:
         self._scored = 0
         self._ask_for_tasks(row)
         for kind, index, item in missing:
+            self._end_if_asked()
             learned = kind == "task" and index < row
             ctx = self.session.context(max(row - 1, 0))
             cell = self._score(item, ctx, item.name if learned else None)
@@ -299,7 +326,12 @@ class Loop:
     def _tick(self, rows: int) -> None:
         self._scored += rows
         self.progress.advance(self._scored)
-        if self.stop.is_set():
+        # Several processes would wait for the one that ends here.
+        if processes()[1] == 1:
+            self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        if any(gathered(self.stop.is_set())):
             raise KeyboardInterrupt
 
     def _report(self, step: int, steps: int, figures: dict[str, float]) -> None:

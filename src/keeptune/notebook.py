@@ -15,9 +15,9 @@ from keeptune.guard import Guard
 from keeptune.method import Method
 from keeptune.models import Loaded
 from keeptune.progress import Silent
-from keeptune.recipe import Recipe, dump, parse_recipe
+from keeptune.recipe import Recipe, parse_recipe
 from keeptune.rows import read_rows
-from keeptune.runs import OBJECT, describe, finish, quiet
+from keeptune.runs import OBJECT, finish, quiet, start
 from keeptune.session import DEFAULT_LENGTH, Plan, class_names, open_session
 from keeptune.stream import Task, TaskStream
 
@@ -85,7 +85,7 @@ def fit(
     plan.watch, plan.budget = recipe.watch, recipe.budget
     with quiet():
         session = open_session(plan)
-    folder = RunFolder.create(out, describe(session, recipe), dump(recipe))
+    folder = start(out, session, recipe)
     return Fitted(session.model, finish(session, folder, progress))
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -19,9 +18,18 @@ import transformers
 from keeptune.chain import Chain
 from keeptune.disk import locked, write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
-from keeptune.folder import DataInfo, Kind, Phase, RunFolder, RunInfo, refuse_full
+from keeptune.folder import (
+    DataInfo,
+    Kind,
+    Phase,
+    ReadOnlyFolder,
+    RunFolder,
+    RunInfo,
+    refuse_full,
+)
 from keeptune.loop import Loop
 from keeptune.machine import provenance
+from keeptune.processes import first_says, is_first
 from keeptune.progress import Progress, Silent
 from keeptune.recipe import Recipe, dump, load_recipe, parse_recipe, resolve
 from keeptune.session import Session, open_session, read_plan
@@ -53,9 +61,8 @@ def run(
     Raises:
         KeeptuneError: Anything a user can mend; nothing is lost.
     """
-    _refuse_several()
     out = _out(recipe)
-    existing = RunFolder(out) if resume and (out / "run.json").exists() else None
+    existing = _opened(out) if resume and (out / "run.json").exists() else None
     if existing is None:
         refuse_full(out)
     else:
@@ -63,10 +70,10 @@ def run(
     started = time.monotonic()
     with quiet():
         session = open_session(read_plan(recipe))
-    folder = existing or RunFolder.create(out, describe(session, recipe), dump(recipe))
+    folder = existing or start(out, session, recipe)
     if existing is not None:
         _same_data(existing, session)
-    with locked(folder.path):
+    with _alone(folder.path):
         folder.add_phase(Phase(phase="load", seconds=time.monotonic() - started))
         if row_0 is not None:
             take_row_0(folder, row_0)
@@ -97,7 +104,7 @@ def learn(
     Raises:
         KeeptuneError: Anything a user can mend; nothing is lost.
     """
-    folder = RunFolder(path)
+    folder = _opened(path)
     refuse_objects(folder, "Call keeptune.fit with the new task instead.")
     recipe = load_recipe(folder.path / "recipe.yaml")
     task = {"name": name, "train": data, "eval": eval or data, "score": score, "recall": not eval}
@@ -117,9 +124,10 @@ def learn(
     with quiet():
         session = open_session(read_plan(recipe))
     _same_data(folder, session)
-    with locked(folder.path):
+    with _alone(folder.path):
         info = describe(session, recipe)
-        write_atomic(folder.path / "recipe.yaml", dump(recipe).encode())
+        if is_first():
+            write_atomic(folder.path / "recipe.yaml", dump(recipe).encode())
         folder.info = folder.info.model_copy(
             update={"tasks": info.tasks, "warnings": info.warnings, "status": "running"}
         )
@@ -177,13 +185,25 @@ def identity(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-def _refuse_several() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            "keeptune run is one process, but was started as several (WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']}). Start it without torchrun or accelerate launch, or mix "
-            "keeptune.Seams into a trainer of your own."
-        )
+def start(out: Path, session: Session, recipe: Recipe) -> RunFolder:
+    """A new run folder; of several processes the first one makes it.
+
+    Raises:
+        FolderError: The folder holds something already.
+    """
+    if is_first():
+        RunFolder.create(out, describe(session, recipe), dump(recipe))
+    first_says(None)  # it is there
+    return _opened(out)
+
+
+def _opened(path: Path) -> RunFolder:
+    return RunFolder(path) if is_first() else ReadOnlyFolder(path)
+
+
+def _alone(path: Path) -> AbstractContextManager[None]:
+    """Keep other runs out of a folder, for all processes of this one."""
+    return locked(path) if is_first() else nullcontext()
 
 
 def take_row_0(folder: RunFolder, other: RunFolder) -> None:

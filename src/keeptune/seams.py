@@ -157,9 +157,8 @@ class Seams(LossTerms):
         seed = (self.args.seed + 7919 * index) % 2**32
         # Each task starts from its own random state, so that it does not matter what ran before.
         set_seed(seed)
-        self._shard()
         self.ctx = Context(
-            model=self.accelerator.unwrap_model(self.model),
+            model=self.shard(),
             task=task,
             index=index,
             dataset=dataset,
@@ -209,11 +208,18 @@ class Seams(LossTerms):
         each = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return int(each * self.args.world_size)
 
-    def _shard(self) -> None:
-        # `train` would shard after `begin_task`, and methods would meet whole weights first and
-        # shards later. Sharding twice changes nothing.
-        if not self.is_fsdp_enabled or isinstance(next(self.model.parameters()), DTensor):
-            return
+    def shard(self) -> nn.Module:
+        """The model that methods see; where FSDP is wanted, spread over the processes from now on.
+
+        `train` would shard after `begin_task`, and methods would meet whole weights first and
+        shards later. Sharding twice changes nothing.
+        """
+        if self.is_fsdp_enabled and not isinstance(next(self.model.parameters()), DTensor):
+            self._spread()
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    def _spread(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         # Accelerate shards no model without an optimizer; the real one is made by `train`.
         self.model, _ = self.accelerator.prepare(self.model, torch.optim.SGD(trained))
@@ -253,10 +259,10 @@ class Seams(LossTerms):
         """Write the methods' state beside the trainer's own checkpoint."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", "keeptune")
         if self.ctx is not None:
-            with self._folder_to_fill(folder) as files:
+            with self.folder_to_fill(folder) as files:
                 state.write_methods(files, self.strategy)
 
-    def _folder_to_fill(self, path: Path) -> AbstractContextManager[Path | None]:
+    def folder_to_fill(self, path: Path) -> AbstractContextManager[Path | None]:
         """A new folder in the first process; None in the others, which help to gather."""
         return new_folder(path) if self.is_world_process_zero() else nullcontext()
 

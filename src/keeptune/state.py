@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from keeptune.chain import Chain
 from keeptune.disk import link, write_atomic
 from keeptune.method import ADDED, Context, State
+from keeptune.processes import gathered, processes
 
 Tensors = dict[str, Tensor]
 
@@ -191,29 +192,39 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": kept["groups"]})
 
 
-def write_random(folder: Path) -> None:
-    """Write the state of every global random number generator."""
+def write_random(folder: Path | None) -> None:
+    """Write the state of every global random number generator, of each process its own."""
+    states = gathered(_random_state())
+    for number, (tensors, numbers) in enumerate(states if folder else []):
+        assert folder is not None
+        write_tensors(folder / f"random-{number}.safetensors", tensors)
+        write_json(folder / f"random-{number}.json", numbers)
+
+
+def _random_state() -> tuple[Tensors, dict[str, Any]]:
     tensors = {"torch": torch.get_rng_state()}
     for index in range(torch.cuda.device_count()):
         tensors[f"cuda/{index}"] = torch.cuda.get_rng_state(index)
-    write_tensors(folder / "random.safetensors", tensors)
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     numbers = {
         "python": [version, list(words), gauss],
         "numpy": [name, np.asarray(keys).tolist(), *rest],
     }
-    write_json(folder / "random.json", numbers)
+    return tensors, numbers
 
 
 def read_random(folder: Path) -> None:
-    """Take back what `write_random` wrote."""
-    tensors = load_file(folder / "random.safetensors")
+    """Take back what `write_random` wrote; a process that was not there, what the first had."""
+    number = processes()[0]
+    if not (folder / f"random-{number}.json").is_file():
+        number = 0
+    tensors = load_file(folder / f"random-{number}.safetensors")
     torch.set_rng_state(tensors["torch"])
     for index in range(torch.cuda.device_count()):
         if f"cuda/{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda/{index}"], index)
-    numbers = read_json(folder / "random.json")
+    numbers = read_json(folder / f"random-{number}.json")
     version, words, gauss = numbers["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = numbers["numpy"]

@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from keeptune import state
 from keeptune.errors import RecipeError
 from keeptune.method import Method
+from keeptune.processes import any_says, is_first, launched
 from keeptune.seams import ONLINE, Seams
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -60,16 +61,17 @@ class Checkpoints(Seams):
         assert self.ctx is not None
         older = list(self.progress_root.glob("[0-9]*-[0-9]*"))
         name = f"{self.ctx.index:03d}-{self.state.global_step:09d}"
-        with self._folder_to_fill(self.progress_root / name) as folder:
+        with self.folder_to_fill(self.progress_root / name) as folder:
             weights = state.own_tensors(self.ctx.model)
             state.write_tensors(folder and folder / "weights.safetensors", weights)
             state.write_methods(folder, self.strategy)
             if self.overseer is not None:
                 self.overseer.write(folder)
             state.write_optimizer(folder, self.optimizer)
+            state.write_random(folder)
             if folder is None:
                 return
-            state.write_random(folder)
+            state.write_json(folder / "step.json", {"rows": self.ctx.rows_in_step})
             state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
             if self.accelerator.scaler is not None:
                 state.write_json(folder / "scaler.json", self.accelerator.scaler.state_dict())
@@ -84,6 +86,14 @@ class Checkpoints(Seams):
     def _restore(self, checkpoint: Path) -> None:
         super()._restore(checkpoint)
         assert self.ctx is not None
+        rows = state.read_json(checkpoint / "step.json")["rows"]
+        if rows != self.ctx.rows_in_step:
+            raise RecipeError(
+                f"Task {self.ctx.task!r} was stopped in its middle with {rows} rows in a step, and "
+                f"would go on with {self.ctx.rows_in_step}. Start as many processes as before, or "
+                "change trainer.per_device_train_batch_size or "
+                "trainer.gradient_accumulation_steps so that their product is the same."
+            )
         weights = load_file(checkpoint / "weights.safetensors")
         state.put_tensors(self.ctx.model, weights)
         if self.overseer is not None:
@@ -142,12 +152,13 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved_at = time.monotonic()
-        self.last = (self.saved_at, int(self.trainer.tokens_trained))
+        self.last = (self.saved_at, int(self.trainer.tokens_trained) * args.world_size)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         if "loss" not in logs:
             return
-        now, tokens = time.monotonic(), int(self.trainer.tokens_trained)
+        # Other processes have other rows, of about as many tokens.
+        now, tokens = time.monotonic(), int(self.trainer.tokens_trained) * args.world_size
         figures = {
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
@@ -159,9 +170,12 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.report(state.global_step, state.max_steps, {})
-        if self.stop.is_set():
+        is_due = is_first() and time.monotonic() - self.saved_at >= self.seconds
+        is_over, is_due = any_says([self.stop.is_set(), is_due], args.device)
+        if is_over:
+            self.stop.set()
             control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self.saved_at >= self.seconds:
+        elif is_due:
             control.should_save = True
             self.saved_at = time.monotonic()
 
@@ -214,6 +228,8 @@ def build_trainer(
     if not torch.cuda.is_available():
         # TRL's defaults are for GPUs; on a CPU bfloat16 and recomputation only cost.
         own |= {"bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
+    if not torch.accelerator.is_available():
+        own["use_cpu"] = True  # or several processes would not meet, and each train alone
     try:
         if kind == "classification":
             arguments: Any = TrainingArguments(**{**own, **settings})
@@ -223,6 +239,17 @@ def build_trainer(
     except (TypeError, ValueError) as error:
         raise RecipeError(f"trainer: {error}") from error
     trainer_class = ClassifierTrainer if kind == "classification" else TextTrainer
+    if arguments.world_size != launched():
+        raise RecipeError(
+            f"keeptune was started as {launched()} processes, but trainer.* lets "
+            f"{arguments.world_size} train together. Leave `use_cpu` and `ddp_backend` out, or "
+            "start one process."
+        )
+    if arguments.fsdp and arguments.world_size == 1:
+        raise RecipeError(
+            "trainer.fsdp spreads a model over several processes, and this is one. Start "
+            "`torchrun --nproc_per_node N -m keeptune run RECIPE`, or leave `fsdp` out."
+        )
     trainer = trainer_class(
         model=model,
         args=arguments,

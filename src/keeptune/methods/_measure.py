@@ -14,8 +14,8 @@ from keeptune.errors import MethodError
 from keeptune.method import IGNORED, Batch, Context
 from keeptune.methods._anchor.examples import require_answers
 from keeptune.methods._anchor.objectives import log_likelihood
-from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.undisturbed import undisturbed
+from keeptune.processes import processes
 from keeptune.rowstore import COLUMNS
 
 BATCH = 8  # rows in one forward

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from keeptune.buffer import Buffer
 from keeptune.head_pass import CrossEntropy
 from keeptune.method import Batch, Context, Method, State, wide
-from keeptune.methods._anchor.shards import processes, refuse_shards
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._anchor.weights import blocks
+from keeptune.processes import processes
 
 Gradient = list[Tensor]  # one tensor for each weight
 NO_SECOND_GRADIENT = "cannot take a second gradient while FSDP spreads the weights over processes"

@@ -32,9 +32,10 @@ from torch.nn import functional as F
 
 from keeptune.buffer import Buffer
 from keeptune.method import Batch, Context, State, wide
-from keeptune.methods._anchor.shards import processes, refuse_shards
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._reference import moved_weights, shared_gradient
 from keeptune.methods._slow import Slow
+from keeptune.processes import processes
 
 
 def squared_distance(fast: tuple[Tensor, ...], slow: tuple[Tensor, ...], mask: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from keeptune.errors import MethodError
 from keeptune.method import OPTIONS, Batch, Context
 from keeptune.methods._anchor.hooks import ExampleHooks, Power, Uncovered, add_raised, raised
 from keeptune.methods._anchor.objectives import Objective, choices
-from keeptune.methods._anchor.shards import local, processes
+from keeptune.methods._anchor.shards import local
 from keeptune.methods._anchor.undisturbed import undisturbed
+from keeptune.processes import processes
 
 Weights = dict[str, nn.Parameter]
 Sums = dict[str, Tensor]

@@ -18,8 +18,9 @@ from keeptune.method import Context, State, wide
 from keeptune.methods._anchor.importance import Weighted
 from keeptune.methods._anchor.kept import Kept
 from keeptune.methods._anchor.penalty import is_measured
-from keeptune.methods._anchor.shards import Spec, part, processes, whole
+from keeptune.methods._anchor.shards import Spec, part, whole
 from keeptune.methods._anchor.weights import Effective, Weights, blocks
+from keeptune.processes import processes
 
 
 class PathIntegral:

@@ -32,12 +32,6 @@ class Spec:
     shape: torch.Size
 
 
-def processes() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    alone = not (distributed.is_available() and distributed.is_initialized())
-    return (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
-
-
 def local(tensor: Tensor) -> Tensor:
     """This process's shard, sharing memory; a tensor that is not sharded is returned itself.
 

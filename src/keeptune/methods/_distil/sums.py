@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from keeptune.methods._anchor.shards import processes
+from keeptune.processes import processes
 
 
 class Sums:

@@ -17,8 +17,9 @@ from torch import Tensor, distributed
 
 from keeptune.errors import MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor.shards import processes, refuse_shards
+from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._anchor.undisturbed import undisturbed
+from keeptune.processes import processes
 
 BATCH = 32  # texts that are written at a time
 Ids = list[int]
