@@ -75,9 +75,13 @@ class _Job:
     @property
     def processes(self) -> tuple[int, int]:
         """This process's number among those that share the rows, and how many they are."""
-        # Where FSDP spreads the weights no process can go forward without the others.
-        is_spread = any(isinstance(p, DTensor) for p in self.model.parameters())
-        return (0, 1) if is_spread else processes()
+        # Where the weights are spread no process can go forward without the others.
+        return (0, 1) if self.is_spread else processes()
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether FSDP spreads the model over processes."""
+        return any(isinstance(p, DTensor) for p in self.model.parameters())
 
     def asked(self, ids: Ids, room: int) -> Ids:
         """What stands in for a question, in at most `room` tokens."""
@@ -157,7 +161,8 @@ def score_rows(
     check_score(score, rows)
     _check_model(model, score)
     job = _Job(model, tokenizer, rows, batch_size, context_length(model, max_length), tick, prompt)
-    with evaluating(model), torch.inference_mode():
+    # FSDP cannot put weights back together in inference mode and train with them afterwards.
+    with evaluating(model), torch.no_grad() if job.is_spread else torch.inference_mode():
         if score == "accuracy":
             examples = _classify(job, labels)
         elif score == "perplexity":

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from keeptune.method import IGNORED, Ids
+from keeptune.processes import reshard
 
 # Logits of one batch: 2**27 in float32 are 512 MB.
 MOST_LOGITS = 2**27
@@ -191,7 +192,7 @@ def padded(
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off; every module's own mode is put back afterwards."""
+    """Dropout off; every module's own mode is put back afterwards, and weights are spread again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -199,6 +200,7 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        reshard(model)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import os
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
 
 Value = TypeVar("Value")
 
@@ -58,3 +59,10 @@ def any_says(flags: list[bool], device: torch.device) -> list[bool]:
     up = torch.tensor(flags, dtype=torch.int32, device=device)
     distributed.all_reduce(up, op=distributed.ReduceOp.MAX)
     return [bool(flag) for flag in up.tolist()]
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP take the weights apart again, which it keeps whole for a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

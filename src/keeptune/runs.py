@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import datasets
 import transformers
@@ -29,7 +31,7 @@ from keeptune.folder import (
 )
 from keeptune.loop import Loop
 from keeptune.machine import provenance
-from keeptune.processes import first_says, is_first
+from keeptune.processes import first_says, is_first, launched
 from keeptune.progress import Progress, Silent
 from keeptune.recipe import Recipe, dump, load_recipe, parse_recipe, resolve
 from keeptune.session import Session, open_session, read_plan
@@ -37,6 +39,8 @@ from keeptune.session import Session, open_session, read_plan
 OBJECT = "object"  # the source of a model that was given as an object
 # What may differ when a run goes on: where and how fast, never what is learned.
 FREE = ("tasks", "out", "checkpoint_minutes", "eval_batch_size")
+# How the rows of a step are divided; their number is what is learned from. With the defaults.
+DIVISION = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
 def run(
@@ -173,7 +177,7 @@ def describe(session: Session, recipe: Recipe) -> RunInfo:
         tasks=session.data_infos(),
         guards=session.guard_infos(),
         methods=session.method_infos(),
-        provenance=provenance(),
+        provenance=provenance() | {"processes": launched()},
         # A task's own leak is a figure of the task, and a check of the report.
         warnings=session.plan.stream.leaks(within=False),
     )
@@ -241,7 +245,16 @@ def _out(recipe: Recipe) -> Path:
 def _same_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
     """The folder's own recipe (it may have learned more tasks since), if this one began it."""
     own = load_recipe(folder.path / "recipe.yaml")
-    if identity(recipe) != folder.info.recipe_sha256:
+    rows = _rows_in_step(recipe, launched())
+    if (then := _rows_in_step(own, folder.info.provenance.get("processes", 1))) != rows:
+        raise FolderError(
+            f"{folder.path} was started with {then} rows in a step, and would go on with {rows}. "
+            "Start as many processes as then, or change trainer.per_device_train_batch_size or "
+            "trainer.gradient_accumulation_steps until it is the same."
+        )
+    division = _division(recipe)
+    own, recipe = (r.model_copy(update={"trainer": r.trainer | division}) for r in (own, recipe))
+    if identity(recipe) != identity(own):
         mine, theirs = resolve(recipe), resolve(own)
         changed = [k for k in mine if k not in FREE and mine[k] != theirs.get(k)]
         raise FolderError(
@@ -255,6 +268,14 @@ def _same_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
             "Resume with the recipe it was started with, or give another --out."
         )
     return own
+
+
+def _division(recipe: Recipe) -> dict[str, Any]:
+    return {key: recipe.trainer.get(key, default) for key, default in DIVISION.items()}
+
+
+def _rows_in_step(recipe: Recipe, processes: int) -> int:
+    return processes * int(math.prod(_division(recipe).values()))
 
 
 def _same_data(folder: RunFolder, session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -287,7 +288,8 @@ def open_session(plan: Plan) -> Session:
     ]
     model = dress(plan.loaded.model, plan.adapter, plan.seed)
     # The trainer makes its output folder at once, but nothing may be written before all is checked.
-    settings = {**plan.settings, "seed": plan.seed, "output_dir": tempfile.gettempdir()}
+    # transformers fills in what `fsdp_config` leaves out.
+    settings = {**copy.deepcopy(plan.settings), "seed": plan.seed, "output_dir": tempfile.gettempdir()}
     trainer = build_trainer(
         plan.kind,
         model,

@@ -26,12 +26,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from keeptune.method import Batch, Context, Method, State, wide
 from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._distil import Sums
+from keeptune.processes import reshard
 
 ROWS = 8  # rows in one forward of the pass for the limits
 
@@ -83,9 +83,7 @@ class EAFT(Method):
                 logits = ctx.answer_logits(ctx.outputs(batch).logits, batch)
                 p = (-cross_entropy(logits, ctx.answer_labels(batch))).exp()
                 found.append(torch.stack([top_entropy(logits, self.top_k), p]))
-        for module in ctx.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # it keeps the last module's weights whole for a backward
+        reshard(ctx.model)
         values = torch.cat(found, 1).sort(1).values
         return values[:, int(self.mask * values.shape[1])]
 

@@ -17,13 +17,13 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from keeptune.answers import Answers
 from keeptune.errors import DataError
 from keeptune.method import IGNORED, Batch, Context
 from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._distil.terms import TopK
+from keeptune.processes import reshard
 from keeptune.rowstore import COLUMNS
 
 BATCH = 8  # rows in one forward
@@ -116,7 +116,7 @@ def record_rows(ctx: Context, rows: Dataset, top_k: int, temperature: float) -> 
             ends = np.cumsum(answers_of(batch))
             for number, end, length in zip(numbers, ends, answers_of(batch), strict=True):
                 found[number] = kept.take(np.arange(end - length, end))
-    rest(ctx)
+    reshard(ctx.model)
     return [found[number] for number in range(len(rows))]
 
 
@@ -136,13 +136,6 @@ def answers_of(batch: Batch) -> list[int]:
         return [1] * len(labels)
     counts: list[int] = (labels[:, 1:] != IGNORED).sum(1).tolist()
     return counts
-
-
-def rest(ctx: Context) -> None:
-    """Let FSDP take the weights apart again, which it keeps whole for a backward."""
-    for module in ctx.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 class Store:
