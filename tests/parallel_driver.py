@@ -236,6 +236,16 @@ REFUSED = {
     "half": "The method 'half' cannot choose what is trained while FSDP",
     "freeze, cached": "The method 'freeze' cannot choose",
     "packnet": "The method 'packnet' cannot choose",
+    "lwf": "The method 'lwf' cannot run the model with old weights while FSDP",
+    "kl_base, LoRA": "The method 'kl_base' cannot run a second model while FSDP",
+    "der_pp": "The method 'der_pp' cannot take a second gradient while FSDP",
+    "agem": "The method 'agem' cannot take a second gradient while FSDP",
+    "gem, LoRA": "The method 'gem' cannot take a second gradient while FSDP",
+    "feature_replay": "The method 'feature_replay' cannot freeze layers while FSDP",
+    "ilora, LoRA": "The method 'ilora' cannot run the model with slow weights while FSDP",
+    "olora": "The method 'olora' adds weights to a model that FSDP has sharded",
+    "osf": "The method 'osf' needs whole matrices, but FSDP",
+    "merge": "The method 'merge' needs whole weights, but FSDP",
 }
 
 
