@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import Trainer
 
 import parallel_driver as driver
+from keeptune import registry
 from keeptune.errors import MethodError
 from parallel_driver import CASES, PLACES, PROCESSES, REFUSED, Tensors
 
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "many-gpus.md"
 PATIENCE = 180  # seconds without a new result, for two processes on a busy machine
 PAIRS = [(name, place) for name, case in CASES.items() for place in case.places]
 
@@ -120,6 +122,39 @@ def test_a_break_in_the_middle_of_a_task_changes_no_bit(place: str, folder: Path
 def test_what_sharded_weights_cannot_do_is_refused(name: str, folder: Path) -> None:
     for rank in range(PROCESSES):
         assert REFUSED[name] in (folder / f"refused.{name}.{rank}").read_text()
+
+
+def places_table() -> str:
+    """What the tests above hold for each method, on all weights and with LoRA."""
+    lines = ["| method | DDP | FSDP2 |", "|---|---|---|"]
+    for name in registry.names():
+        cases = {c: case for c, case in CASES.items() if name in _names(case)}
+        cells = []
+        for place in ("ddp", "fsdp"):
+            same = [_trained(case) for case in cases.values() if place in case.places]
+            never = [_trained(case) for c, case in cases.items() if c in REFUSED]
+            said = {"same": same, "refused": never if place == "fsdp" else []}
+            cells.append("; ".join(f"{k} ({_listed(v)})" for k, v in said.items() if v))
+        lines.append(f"| `{name}` | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def _names(case: driver.Case) -> list[str]:
+    return [method.name() for method in case.methods()] or ["plain"]
+
+
+def _trained(case: driver.Case) -> str:
+    return "LoRA" if case.lora else "all weights"
+
+
+def _listed(trained: list[str]) -> str:
+    return ", ".join(sorted(set(trained)))
+
+
+def test_the_page_says_what_works_where() -> None:
+    text = PAGE.read_text("utf-8")
+    shown = text.partition("<!-- begin places -->")[2].partition("<!-- end places -->")[0]
+    assert shown.strip() == places_table(), f"put this between the page's marks:\n{places_table()}"
 
 
 @pytest.mark.parametrize(
