@@ -32,6 +32,7 @@ from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
 from keeptune.methods.agem import AGEM
+from keeptune.methods.der import DER
 from keeptune.methods.der_pp import DERpp
 from keeptune.methods.eaft import EAFT
 from keeptune.methods.ema import EMA
@@ -42,6 +43,8 @@ from keeptune.methods.gem import GEM
 from keeptune.methods.half import Half
 from keeptune.methods.hierarchical import Hierarchical
 from keeptune.methods.ilora import ILoRA
+from keeptune.methods.inc_lora import IncLoRA
+from keeptune.methods.joint import Joint
 from keeptune.methods.kl_base import KLBase
 from keeptune.methods.l2sp import L2SP
 from keeptune.methods.label_smoothing import LabelSmoothing
@@ -55,6 +58,7 @@ from keeptune.methods.pseudo_replay import PseudoReplay
 from keeptune.methods.replay import Replay
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
+from keeptune.methods.wise import WiSE
 from keeptune.tokens import collate
 from keeptune.trainers import TextTrainer, build_trainer
 
@@ -225,6 +229,10 @@ CASES = {
     ),
     "olora": Case(lambda: [OLoRA(strength=0.01)], lora=True, places=("accumulated", "ddp")),
     "osf": Case(lambda: [OSF()], places=WHOLE),
+    "wise": Case(lambda: [WiSE()]),
+    "der": Case(lambda: [DER(rows=5)], places=("ddp",)),
+    "joint": Case(lambda: [Joint(), Backwards()]),
+    "inc_lora": Case(lambda: [IncLoRA()], lora=True, places=("ddp",)),
     "merge": Case(lambda: [Merge(form="slerp")], places=WHOLE),
 }
 
@@ -236,6 +244,8 @@ REFUSED = {
     "half": "The method 'half' cannot choose what is trained while FSDP",
     "freeze, cached": "The method 'freeze' cannot choose",
     "packnet": "The method 'packnet' cannot choose",
+    "der": "The method 'der' cannot take a second gradient while FSDP",
+    "inc_lora": "The method 'inc_lora' adds weights to a model that FSDP has sharded",
     "lwf": "The method 'lwf' cannot run the model with old weights while FSDP",
     "kl_base, LoRA": "The method 'kl_base' cannot run a second model while FSDP",
     "der_pp": "The method 'der_pp' cannot take a second gradient while FSDP",

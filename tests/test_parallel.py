@@ -131,10 +131,10 @@ def places_table() -> str:
         cases = {c: case for c, case in CASES.items() if name in _names(case)}
         cells = []
         for place in ("ddp", "fsdp"):
-            same = [_trained(case) for case in cases.values() if place in case.places]
-            never = [_trained(case) for c, case in cases.items() if c in REFUSED]
+            same = [_setting(c, case) for c, case in cases.items() if place in case.places]
+            never = [_setting(c, case) for c, case in cases.items() if c in REFUSED]
             said = {"same": same, "refused": never if place == "fsdp" else []}
-            cells.append("; ".join(f"{k} ({_listed(v)})" for k, v in said.items() if v))
+            cells.append("; ".join(f"{k} ({', '.join(v)})" for k, v in said.items() if v))
         lines.append(f"| `{name}` | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
@@ -143,12 +143,9 @@ def _names(case: driver.Case) -> list[str]:
     return [method.name() for method in case.methods()] or ["plain"]
 
 
-def _trained(case: driver.Case) -> str:
-    return "LoRA" if case.lora else "all weights"
-
-
-def _listed(trained: list[str]) -> str:
-    return ", ".join(sorted(set(trained)))
+def _setting(name: str, case: driver.Case) -> str:
+    """What sets a case apart from others of its method, after the comma of its name."""
+    return name.partition(", ")[2] or ("LoRA" if case.lora else "all weights")
 
 
 def test_the_page_says_what_works_where() -> None:

@@ -95,6 +95,9 @@ def assert_same(root: Path, name: str, other: str = "one", tasks: int = 2) -> No
         want, got = load_file(file), load_file(root / name / last / file.name)
         assert want.keys() == got.keys()
         for key, tensor in want.items():
+            if not tensor.is_floating_point():
+                assert torch.equal(got[key], tensor)
+                continue
             scale = float(tensor.abs().max()) if tensor.numel() else 0.0
             torch.testing.assert_close(got[key], tensor, rtol=0, atol=NEAR * scale)
     for kind in ("task", "guard"):
@@ -153,6 +156,18 @@ def test_other_commands_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(app, ["report", "x"])
     assert "`keeptune report` is one process, but was started as 2" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "change", ["watch={'every': 2}", "budget={'said': 1.0}"], ids=["watch", "budget"]
+)
+def test_what_looks_while_training_is_one_process(
+    change: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="looks at the model of one process, but .* as 2"):
+        runs.run(load_recipe(root / "one.yaml", [change, f"out={tmp_path}/new"]))
+    assert not (tmp_path / "new").exists()
 
 
 def test_fsdp_with_one_process_is_refused(root: Path, tmp_path: Path) -> None:

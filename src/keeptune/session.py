@@ -289,7 +289,11 @@ def open_session(plan: Plan) -> Session:
     model = dress(plan.loaded.model, plan.adapter, plan.seed)
     # The trainer makes its output folder at once, but nothing may be written before all is checked.
     # transformers fills in what `fsdp_config` leaves out.
-    settings = {**copy.deepcopy(plan.settings), "seed": plan.seed, "output_dir": tempfile.gettempdir()}
+    settings = {
+        **copy.deepcopy(plan.settings),
+        "seed": plan.seed,
+        "output_dir": tempfile.gettempdir(),
+    }
     trainer = build_trainer(
         plan.kind,
         model,

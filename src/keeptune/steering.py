@@ -27,6 +27,7 @@ from keeptune.folder import Example, Phase, RunFolder
 from keeptune.intervals import Bounds
 from keeptune.lines import Earlier, Line, Probe
 from keeptune.method import Context, Method
+from keeptune.processes import launched
 from keeptune.progress import Progress
 from keeptune.watch import Clock, Watch
 from keeptune.watchlog import Frontier, Look, Tried
@@ -40,9 +41,15 @@ def refuse(plan: Plan) -> None:
     """Refuse a watch or a budget that cannot be kept.
 
     Raises:
-        RecipeError: Names that no guard has, or methods that it does not go together with.
+        RecipeError: Names that no guard has, methods that it does not go together with, or several
+            processes.
     """
     for field, settings in (("watch", plan.watch), ("budget", plan.budget)):
+        if settings is not None and launched() > 1:
+            raise RecipeError(
+                f"{field} looks at the model of one process, but keeptune was started as "
+                f"{launched()}. Leave it out, or start one process."
+            )
         for method in plan.methods if settings is not None else ():
             if why := _clash(field, method):
                 raise RecipeError(
