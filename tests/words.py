@@ -8,10 +8,20 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+import pico
 from keeptune.method import ADDED
 from pencil import texts
 
 WORDS = ([6, 7, 8, 9], [20, 21, 22, 23], [12, 13, 14, 15])  # of each task
+
+
+def fresh(seed: int = 1) -> Any:
+    """A model whose adapter says nothing yet, as every run's does at first."""
+    model = pico.adapted(pico.causal_lm(32), seed=seed)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(weight)
+    return model
 
 
 def rows(task: int) -> Dataset:

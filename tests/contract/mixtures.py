@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pico
 from keeptune.methods._adapters import FIRST, factors
 from keeptune.methods.mixture import Mixture
 from pencil import context
-from words import WORDS, questions, rows, shares
+from words import WORDS, fresh, questions, rows, shares
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def learned(method: Mixture, tasks: int) -> tuple[Any, list[Tensor], list[dict[s
         The model; what each task's words entered the gate as when it was learned; and the expert
         that it left.
     """
-    model, seen, left = pico.adapted(pico.causal_lm(32)), [], []
+    model, seen, left = fresh(), [], []
     for task in range(tasks):
         ctx = context(model, rows(task), task=f"t{task}", index=task)
         method.begin_task(ctx)

@@ -26,7 +26,7 @@ from keeptune.methods.packnet import PackNet
 from keeptune.methods.progressive import Progressive
 from keeptune.methods.task_lora import TaskLoRA
 from pencil import context
-from words import questions, rows, shares
+from words import fresh, questions, rows, shares
 
 IDS = torch.tensor([[6, 21, 13, 30, 9, 22, 31, 8]])  # words of all tasks
 
@@ -44,7 +44,7 @@ def lora(**settings: Any) -> LoraConfig:
 
 def stream(tasks: int, **settings: Any) -> tuple[Any, Mixture]:
     """A model that has learned tasks, each of which moved its expert somewhere of its own."""
-    model, method = pico.adapted(pico.causal_lm(32)), Mixture(**settings)
+    model, method = fresh(), Mixture(**settings)
     for index in range(tasks):
         ctx = context(model, rows(index), task=f"t{index}", index=index)
         method.begin_task(ctx)
@@ -100,7 +100,7 @@ def test_shares_are_how_likely_each_task_is() -> None:
 def test_the_gate_is_that_of_all_tasks_at_once_in_any_order() -> None:
     keys = []
     for order in ((0, 1, 2), (2, 0, 1)):
-        model, method = pico.adapted(pico.causal_lm(32)), Mixture()
+        model, method = fresh(), Mixture()
         for index in order:  # the task's own number, so that the same tokens are looked at
             ctx = context(model, rows(index), task=f"t{index}", index=index)
             method.begin_task(ctx)
@@ -141,7 +141,7 @@ def test_a_layer_adds_the_experts_by_their_shares() -> None:
 
 
 def test_the_first_task_trains_its_expert_as_plain_lora() -> None:
-    model, plain = stream(0)[0], pico.adapted(pico.causal_lm(32))
+    model, plain = stream(0)[0], fresh()
     ctx = context(model, rows(0))
     Mixture().begin_task(ctx)
     upper = [n for n in context(plain).trainable() if ".layers.1." in n]
@@ -169,24 +169,24 @@ def test_a_text_is_shared_out_alike_token_by_token_from_a_cache() -> None:
 def test_words_of_a_task_go_to_its_expert_whatever_came_after() -> None:
     model, method = stream(3)
     for task in range(3):
-        assert shares(model, task)[task] > 0.8
+        assert shares(model, task)[task] > 0.99
     shown = method.evidence()
     assert shown["frozen_adapters"] == 2
     assert len(shown["shares"]) == 3
     assert sum(shown["shares"]) == pytest.approx(1)
-    assert shown["new_share"] == shown["shares"][2] > 0.5
-    assert 0 < shown["taken_from_old"] < 0.3
+    assert shown["new_share"] == shown["shares"][2] > 0.9
+    assert 0 < shown["taken_from_old"] < 0.01
 
 
 def test_an_old_task_is_answered_as_before_where_its_tokens_are_its_own() -> None:
     after = []
     for tasks in (1, 3):
-        model, _ = stream(tasks, temperature=0.01)
+        model, _ = stream(tasks)
         after.append(answers(model.eval(), questions(0)))
         with model.disable_adapter():
             base = answers(model, questions(0))
     apart = (after[1] - after[0]).norm() / (after[0] - base).norm()
-    assert apart < 0.05
+    assert 0 < apart < 0.01
 
 
 def test_two_forwards_do_not_mix_when_layers_are_recomputed() -> None:
@@ -221,8 +221,11 @@ def test_base_answers_are_the_base_models() -> None:
 
 
 def test_a_classifier_has_experts_and_one_head() -> None:
-    config = lora(task_type="SEQ_CLS")
-    for base in (pico.classifier(3), pico.classifier(3, bert=True)):
+    for base, parts in (
+        (pico.classifier(3), ["q_proj"]),
+        (pico.classifier(3, bert=True), ["query"]),
+    ):
+        config = lora(task_type="SEQ_CLS", target_modules=parts)
         model, method = pico.adapted(base, config), Mixture()
         for index in range(2):
             ctx = context(
@@ -243,11 +246,13 @@ def test_a_classifier_has_experts_and_one_head() -> None:
 
 
 def test_it_reads_the_lowest_layer_with_experts() -> None:
-    model = pico.adapted(pico.causal_lm(32), lora(layers_to_transform=[1]))
+    model = pico.adapted(
+        pico.causal_lm(32), lora(layers_to_transform=[1], target_modules=["q_proj"])
+    )
     Mixture(layers=0.0).begin_task(context(model, rows(0)))
     _, size = model.get_submodule(ADDED).keys.shape
     assert size == 32
-    model = pico.adapted(pico.causal_lm(32))
+    model = fresh()
     Mixture(layers=0.0).begin_task(ctx := context(model, rows(0)))
     assert any(".layers.0." in name for name in ctx.trainable())
 
@@ -256,7 +261,12 @@ def test_it_reads_the_lowest_layer_with_experts() -> None:
     ("settings", "config", "more", "words"),
     [
         ({"layers": 3}, {}, {}, "Mixture.layers: the model has 2 layers, got 3"),
-        ({"layers": 1}, {"layers_to_transform": [0]}, {}, "the lowest 1 of 2 layers without expe"),
+        (
+            {"layers": 1},
+            {"layers_to_transform": [0], "target_modules": ["q_proj"]},
+            {},
+            "the lowest 1 of 2 layers without expe",
+        ),
         ({"layers": 2}, {}, {}, "no weights in those above. Set fewer, or adapt higher layers"),
         ({}, {"use_dora": True}, {}, "'mixture' sums LoRA updates, which DoRA rescales"),
         ({}, {}, {"online": True}, "'mixture' looks at a task's rows before .* one after another"),
@@ -283,10 +293,10 @@ def test_it_comes_back_with_the_models_own_tensors() -> None:
     model, method = stream(3)
     want = answers(model.eval())
     saved = {n: t.detach().clone() for n, t in state.own_tensors(model).items()}
-    fresh, again = pico.adapted(pico.causal_lm(32), seed=5), Mixture()
-    again.restore(ctx := context(fresh, index=2), method.state())
-    state.put_tensors(fresh, saved)
-    assert torch.equal(answers(fresh.eval()), want)
+    other, again = fresh(seed=5), Mixture()
+    again.restore(ctx := context(other, index=2), method.state())
+    state.put_tensors(other, saved)
+    assert torch.equal(answers(other.eval()), want)
     assert list(ctx.trainable()) == [n for n, p in model.named_parameters() if p.requires_grad]
 
 
