@@ -80,6 +80,8 @@ VARIANTS = [
     variant("der_pp", label_strength=0.0),
     variant("ema", start="slow"),
     variant("wise", mix=(0.9, 0.5, 0.1)),
+    variant("wise", mix=0.9, guard=TEXTS, rise=0.01),
+    variant("wise", lora=True, mix=0.9, guard=TEXTS, rise=0.01),
     variant("merge", form="dare_ties", start="merged"),
     variant("merge", lora=True, form="slerp"),
     variant("merge", form="task_arithmetic", strength=0.3),
