@@ -270,7 +270,7 @@ def test_a_guard_that_bears_nothing_takes_the_task_back(lines: str) -> None:
 def test_a_guard_that_cannot_decide_is_refused(lines: str) -> None:
     ctx = context(pico.causal_lm(), texts([9, 9]), tokenizer=pico.tokenizer())
     for mix in (1.0, (1, 1, 1)):
-        with pytest.raises(MethodError, match=r"but mix is .* Set mix to the most that the new wei"):
+        with pytest.raises(MethodError, match=r"but mix is .* Set mix to the most"):
             WiSE(mix=mix, guard=lines).begin_task(ctx)
     with pytest.raises(MethodError, match=r"WiSE.guard: 'nowhere.txt' cannot be read"):
         WiSE(guard="nowhere.txt").begin_task(ctx)
