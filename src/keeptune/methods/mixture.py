@@ -48,7 +48,7 @@ class Mixture(Stacked):
     """Train a new expert with each task, in the share of the tokens that a gate gives it."""
 
     layers: float = Field(
-        0.3, ge=0, description="bottom layers without experts: a share below 1, else their number"
+        0.5, ge=0, description="bottom layers without experts: a share below 1, else their number"
     )
     temperature: float = Field(
         1.0, gt=0, description="above 1 experts share more evenly; towards 0 the likeliest has all"
