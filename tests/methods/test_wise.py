@@ -229,15 +229,16 @@ def guarded(lines: str, *, lora: bool, **settings: Any) -> tuple[Any, WiSE, Any]
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_guard_takes_as_much_of_the_mix_as_it_bears(lora: bool, lines: str) -> None:
-    _, method, ctx = guarded(lines, lora=lora, mix=0.9, rise=0.1)
+    rise = 0.01 if lora else 0.1
+    _, method, ctx = guarded(lines, lora=lora, mix=0.9, rise=rise)
     before, trained = dict(method._before), ctx.trainable()
     after = {name: weight.detach().clone() for name, weight in trained.items()}
     method.end_task(ctx)
     shown, share = method.evidence(), method.evidence()["guard_share"]
     assert 0 < share < 1
     assert share * 32 % 1 == 0
-    assert shown["guard_before"] < shown["guard_after"] <= shown["guard_before"] + 0.1
-    assert shown["guard_at_mix"] > shown["guard_before"] + 0.1
+    assert shown["guard_before"] < shown["guard_after"] <= shown["guard_before"] + rise
+    assert shown["guard_at_mix"] > shown["guard_before"] + rise
     assert text_loss(ctx, method._texts) == pytest.approx(shown["guard_after"])
     assert shown["moved_back"] > 0
     if not lora:

@@ -7,9 +7,9 @@ Equation: W x + Σ_t g_t(h) · scale · B_t A_t x, with g(h) = softmax_t((k_tᵀ
     k_t = Σ⁻¹ μ_t, c_t = −½ μ_tᵀ Σ⁻¹ μ_t; h is what a token enters the lowest layer with experts as,
     over its rms, μ_t its mean over tokens of task t, and Σ its covariance within the tasks
 Changes: begin_task, end_task
-Cost: as inc_lora, one adapter more with each task in memory and in every step; d floats a task and
-    d² once for hidden size d, and a pass over up to 512 rows before each task. Answers need
-    keeptune beside the model, which no export of it can do without.
+Cost: as inc_lora, one adapter more with each task, of the rank that the run's adapter has, in
+    memory and in every step; d floats a task and d² once for hidden size d, and a pass over up to
+    512 rows before each task. There is no export: answers need keeptune beside the model.
 Use when: tasks can be told from their texts, the task is not known when the model answers, and an
     answer may need what several tasks taught.
 Not when: tasks look alike, since their experts then share all tokens and disturb each other;
@@ -17,10 +17,11 @@ Not when: tasks look alike, since their experts then share all tokens and distur
 Differs from the paper: the gate is learned in closed form from what the tasks' tokens look like,
     not by the loss, which in a new task knows nothing of old ones and would give their tokens to
     the new expert. As sums over the tasks are all it needs, it is the gate that all tasks at once
-    would give, and keeps no row. One gate serves the whole model, and the `layers` below it have
-    no experts: so an old task's tokens enter it, bit for bit, as when they were learned, and have
-    some context. All experts work at each token, not the best few. A classifier's head is trained
-    in all tasks and not frozen.
+    would give, and keeps no row; a tenth of Σ is spread evenly. One gate serves the whole model, and the `layers` below it have
+    no experts: so an old task's tokens enter it, bit for bit, as when they were learned, and carry
+    what stands before them. All experts work at each token, not the best few. PEFT's own gates
+    read trained adapters from files: X-LoRA trains all of its gate at once and reads each text
+    twice, Arrow learns none. A classifier's head is trained in all tasks and not frozen.
 Status: contract tested
 """
 

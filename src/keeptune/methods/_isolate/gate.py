@@ -173,5 +173,5 @@ def likely_shares(center: Tensor, covariance: Tensor, gate: Gate, normal: Tensor
     keys, offsets = gate.keys.cpu(), gate.offsets.cpu()
     values, vectors = torch.linalg.eigh(keys @ covariance @ keys.T)
     apart = normal @ (vectors * values.clamp_min(0).sqrt()).T
-    scores = keys @ center + offsets + apart
-    return (scores / gate.temperature).softmax(-1).mean(0)
+    shares: Tensor = ((keys @ center + offsets + apart) / gate.temperature).softmax(-1)
+    return shares.mean(0)
