@@ -17,11 +17,12 @@ Not when: tasks look alike, since their experts then share all tokens and distur
 Differs from the paper: the gate is learned in closed form from what the tasks' tokens look like,
     not by the loss, which in a new task knows nothing of old ones and would give their tokens to
     the new expert. As sums over the tasks are all it needs, it is the gate that all tasks at once
-    would give, and keeps no row; a tenth of Σ is spread evenly. One gate serves the whole model, and the `layers` below it have
-    no experts: so an old task's tokens enter it, bit for bit, as when they were learned, and carry
-    what stands before them. All experts work at each token, not the best few. PEFT's own gates
-    read trained adapters from files: X-LoRA trains all of its gate at once and reads each text
-    twice, Arrow learns none. A classifier's head is trained in all tasks and not frozen.
+    would give, and keeps no row; a tenth of Σ is spread evenly. One gate serves the whole model,
+    and the `layers` below it have no experts: so an old task's tokens enter it, bit for bit, as
+    when they were learned, and carry what stands before them. All experts work at each token, not
+    the best few. PEFT's own gates read trained adapters from files: X-LoRA trains all of its gate
+    at once and reads each text twice, Arrow learns none. A classifier's head is trained in all
+    tasks and not frozen.
 Status: contract tested
 """
 
