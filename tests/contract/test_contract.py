@@ -116,6 +116,7 @@ TOGETHER = [
     ("ewc", "replay"),
     ("ewc", "lwf"),
     ("ilora", "label_smoothing"),
+    ("mixture", "replay"),
     ("olora", "replay"),
     ("packnet", "label_smoothing"),
     ("pseudo_replay", "lwf"),
