@@ -51,6 +51,7 @@ from keeptune.methods.label_smoothing import LabelSmoothing
 from keeptune.methods.lwf import LwF
 from keeptune.methods.mas import MAS
 from keeptune.methods.merge import Merge
+from keeptune.methods.mixture import Mixture
 from keeptune.methods.olora import OLoRA
 from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
@@ -227,6 +228,11 @@ CASES = {
     "ilora, LoRA": Case(
         lambda: [ILoRA(rows=5, decay=0.5)], lora=True, places=("accumulated", "checkpointed", "ddp")
     ),
+    "mixture": Case(
+        lambda: [Mixture(layers=0.0)],
+        lora=True,
+        places=("accumulated", "checkpointed", "ddp"),
+    ),
     "olora": Case(lambda: [OLoRA(strength=0.01)], lora=True, places=("accumulated", "ddp")),
     "osf": Case(lambda: [OSF()], places=WHOLE),
     "wise": Case(lambda: [WiSE()]),
@@ -241,6 +247,7 @@ CASES = {
 REFUSED = {
     "task_lora": "The methods task_lora add weights to a model that FSDP",
     "pseudo_replay": "'pseudo_replay' cannot let the model write while FSDP",
+    "mixture": "The method 'mixture' adds weights to a model that FSDP",
     "half": "The method 'half' cannot choose what is trained while FSDP",
     "freeze, cached": "The method 'freeze' cannot choose",
     "packnet": "The method 'packnet' cannot choose",

@@ -31,7 +31,7 @@ METHODS_MAY = {
     "keeptune.methods._isolate",
     "keeptune.methods._slow", "keeptune.methods._adapters", "keeptune.methods._stack",
     "keeptune.methods._subspace", "keeptune.methods._factors",
-    "keeptune.methods._questions",
+    "keeptune.methods._questions", "keeptune.methods._guarded", "keeptune.methods._thirds",
 }  # fmt: skip
 TRAINERS = ("keeptune.seams", "keeptune.loss_terms", "keeptune.trainers")
 

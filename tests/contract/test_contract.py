@@ -11,12 +11,14 @@ import pytest
 import anchors
 import averages
 import clauses
+import mixtures
 import subspaces
 from keeptune import registry
 from keeptune.method import Method
 from keeptune.methods._anchor import Anchored, Travelled
 from keeptune.methods._slow import Slow
 from keeptune.methods.ewc import EWC
+from keeptune.methods.mixture import Mixture
 from keeptune.methods.olora import OLoRA
 from keeptune.methods.osf import OSF
 from keeptune.methods.task_lora import TaskLoRA
@@ -78,11 +80,14 @@ VARIANTS = [
     variant("der_pp", label_strength=0.0),
     variant("ema", start="slow"),
     variant("wise", mix=(0.9, 0.5, 0.1)),
+    variant("wise", mix=0.9, guard=TEXTS, rise=0.01),
+    variant("wise", lora=True, mix=0.9, guard=TEXTS, rise=0.01),
     variant("merge", form="dare_ties", start="merged"),
     variant("merge", lora=True, form="slerp"),
     variant("merge", form="task_arithmetic", strength=0.3),
     variant("ilora", lora=True, start="slow", size=6),
     variant("olora", lora=True, strength=0.1, norm_strength=0.1),
+    variant("mixture", lora=True, layers=0.0, temperature=0.2),
     variant("gem", margin=0.0),
     variant("freeze", cache=True),
     variant("freeze", cache=True, cache_gb=2e-6),  # room for some rows only
@@ -111,6 +116,7 @@ TOGETHER = [
     ("ewc", "replay"),
     ("ewc", "lwf"),
     ("ilora", "label_smoothing"),
+    ("mixture", "replay"),
     ("olora", "replay"),
     ("packnet", "label_smoothing"),
     ("pseudo_replay", "lwf"),
@@ -297,6 +303,13 @@ def test_olora_pulls_off_the_earlier_adapters() -> None:
 
 def test_osf_keeps_the_old_subspace() -> None:
     subspaces.keeps_the_old_subspace(OSF)
+
+
+# -- methods with a gate over experts -------------------------------------------------------------
+
+
+def test_mixture_keeps_old_experts_and_their_shares() -> None:
+    mixtures.keeps_old_experts_and_their_shares(Mixture)
 
 
 # -- pairs that are meant to run together ---------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor
 import anchors
 import averages
 import clauses
+import mixtures
 import stage
 import subspaces
 from keeptune import registry
@@ -36,6 +37,7 @@ from keeptune.methods.ema import EMA
 from keeptune.methods.ewc import EWC, Estimator
 from keeptune.methods.freeze import Freeze
 from keeptune.methods.lwf import LwF
+from keeptune.methods.mixture import Mixture
 from keeptune.methods.olora import OLoRA, overlap_gradient
 from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
@@ -1132,6 +1134,51 @@ class DoesNotGrow(OSF):
 def test_the_old_subspace_is_not_kept(cls: type[OSF], words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         subspaces.keeps_the_old_subspace(cls)
+
+
+# -- methods with a gate over experts -------------------------------------------------------------
+
+
+class TrainsOldExperts(Mixture):
+    """A new task trains the experts of earlier ones on."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        for name in self._frozen:
+            for factor in factors(ctx.model, name).values():
+                factor.requires_grad_(True)
+
+
+class TrainsBelow(Mixture):
+    """Trains what is below the gate as well, so that old words enter it otherwise."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        for factor in factors(ctx.model, FIRST).values():
+            factor.requires_grad_(True)
+
+
+class LearnsLast(Mixture):
+    """Its gate learns anew with each task, of that task's tokens: all others look like noise."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        means = self._router.tensors["means"]
+        self._router.tensors["means"] = torch.cat([0 * means[:-1], means[-1:]])
+        self._share_out(ctx)
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (TrainsOldExperts, "the expert of task 0 has moved"),
+        (TrainsBelow, "words of task 0 enter the gate moved by"),
+        (LearnsLast, "words of task . go to others"),
+    ],
+)
+def test_a_mixture_does_not_keep_old_tasks(cls: type[Mixture], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        mixtures.keeps_old_experts_and_their_shares(cls)
 
 
 # -- 16, 17 and what runs together ----------------------------------------------------------------

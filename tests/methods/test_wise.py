@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 import pico
 from keeptune.errors import MethodError
 from keeptune.methods._factors import mix_factors
-from keeptune.methods.wise import WiSE, thirds
-from pencil import Softmax, context
+from keeptune.methods._guarded import largest_share, text_loss
+from keeptune.methods._thirds import thirds
+from keeptune.methods.wise import WiSE
+from pencil import ONE_ROW, Softmax, context, texts
 
 
 @pytest.mark.parametrize(("mix", "want"), [(0.0, 1.0), (0.25, 2.0), (0.5, 3.0), (1.0, 5.0)])
@@ -176,3 +179,105 @@ def test_three_ones_keep_no_copy_either() -> None:
 def test_what_is_no_mix_is_refused(mix: Any, words: str) -> None:
     with pytest.raises(MethodError, match=words):
         WiSE(mix=mix)
+
+
+# -- chosen on a guard ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "share", "after", "looks"),
+    [
+        (1.0, 1.0, 1.0, 1),
+        (0.3, 0.53125, 0.53125**2, 6),  # 17/32; 18/32 squared is above 0.3
+        (0.25, 0.5, 0.25, 6),
+        (0.0005, 0.0, 0.0, 6),  # 1/32 squared is above
+    ],
+)
+def test_halving_by_hand(limit: float, share: float, after: float, looks: int) -> None:
+    seen = []
+
+    def square(at: float) -> float:
+        seen.append(at)
+        return at * at
+
+    found = largest_share(square, 0.0, limit)
+    assert found == {"share": share, "after": after, "at_mix": 1.0}
+    assert len(seen) == looks
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> str:
+    """Four texts of six letters."""
+    path = tmp_path / "guard.txt"
+    path.write_text("abcabc\nbcdbcd\n\ncabcab\nddcbaa\n")
+    return str(path)
+
+
+def guarded(lines: str, *, lora: bool, **settings: Any) -> tuple[Any, WiSE, Any]:
+    """A model that forgot the texts in a task, and the method after it."""
+    model: Any = pico.causal_lm()
+    model = pico.adapted(model) if lora else model
+    ctx = context(model, texts([9, 9, 9, 9]), tokenizer=pico.tokenizer())
+    method = WiSE(guard=lines, **settings)
+    method.begin_task(ctx)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in ctx.trainable().values():
+            weight.add_((0.5 if lora else 0.1) * torch.randn(weight.shape, generator=g))
+    return model, method, ctx
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_guard_takes_as_much_of_the_mix_as_it_bears(lora: bool, lines: str) -> None:
+    rise = 0.01 if lora else 0.1
+    _, method, ctx = guarded(lines, lora=lora, mix=0.9, rise=rise)
+    before, trained = dict(method._before), ctx.trainable()
+    after = {name: weight.detach().clone() for name, weight in trained.items()}
+    method.end_task(ctx)
+    shown, share = method.evidence(), method.evidence()["guard_share"]
+    assert 0 < share < 1
+    assert share * 32 % 1 == 0
+    assert shown["guard_before"] < shown["guard_after"] <= shown["guard_before"] + rise
+    assert shown["guard_at_mix"] > shown["guard_before"] + rise
+    assert text_loss(ctx, method._texts) == pytest.approx(shown["guard_after"])
+    assert shown["moved_back"] > 0
+    if not lora:
+        for name, weight in trained.items():
+            want = before[name] + 0.9 * share * (after[name] - before[name])
+            torch.testing.assert_close(weight.detach(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_a_guard_that_loses_nothing_leaves_the_mix_as_it_is(lines: str) -> None:
+    ends = []
+    for guard in (lines, ""):
+        model, method, ctx = guarded(guard, lora=False, mix=0.25, rise=100.0)
+        method.end_task(ctx)
+        ends.append((method.evidence(), [p.detach().clone() for p in model.parameters()]))
+    (shown, one), (plain, other) = ends
+    assert shown["guard_share"] == 1
+    assert shown["guard_after"] == shown["guard_at_mix"]
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert plain.keys() == {"moved_back", "worst_cut_error"}
+
+
+def test_a_guard_that_may_lose_nothing_loses_nothing(lines: str) -> None:
+    _, method, ctx = guarded(lines, lora=False, mix=0.9, rise=0.0)
+    method.end_task(ctx)
+    shown = method.evidence()
+    assert shown["guard_share"] < 1
+    assert shown["guard_after"] <= shown["guard_before"]
+    assert text_loss(ctx, method._texts) == pytest.approx(shown["guard_after"])
+
+
+def test_a_guard_that_cannot_decide_is_refused(lines: str) -> None:
+    ctx = context(pico.causal_lm(), texts([9, 9]), tokenizer=pico.tokenizer())
+    for mix in (1.0, (1, 1, 1)):
+        with pytest.raises(MethodError, match=r"but mix is .* Set mix to the most"):
+            WiSE(mix=mix, guard=lines).begin_task(ctx)
+    with pytest.raises(MethodError, match=r"WiSE.guard: 'nowhere.txt' cannot be read"):
+        WiSE(guard="nowhere.txt").begin_task(ctx)
+    ctx = context(pico.classifier(), ONE_ROW, tokenizer=pico.tokenizer())
+    with pytest.raises(MethodError, match=r"WiSE.guard is a file of texts, by which a classifier"):
+        WiSE(guard=lines).begin_task(ctx)
+    with pytest.raises(MethodError, match=r"WiSE.guard is .* but this trainer has no tokenizer"):
+        WiSE(guard=lines).begin_task(context(pico.causal_lm(), texts([9, 9])))

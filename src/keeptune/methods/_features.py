@@ -68,7 +68,7 @@ def layer_of(model: nn.Module, layer: int | None) -> nn.Module:
     return chosen
 
 
-def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | int, Tensor]:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | int, Tensor]:
     """Where among a module's arguments its input stands, and the input."""
     return (0, args[0]) if args else ("hidden_states", kwargs["hidden_states"])
 
@@ -79,7 +79,7 @@ def taken_down(module: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_entering(args, kwargs)[1])
+        seen.append(input_of(args, kwargs)[1])
 
     handle = module.register_forward_pre_hook(look, with_kwargs=True)
     try:
@@ -104,7 +104,7 @@ def put_in(module: nn.Module) -> Iterator[Callable[[Context, Batch], Tensor]]:
         return logits
 
     def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        where, own = _entering(args, kwargs)
+        where, own = input_of(args, kwargs)
         swapped = given[0].to(own).view(own.shape)
         if where == 0:
             return (swapped, *args[1:]), kwargs

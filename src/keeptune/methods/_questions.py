@@ -90,10 +90,21 @@ class Router:
         means = self.tensors["means"]
         if self.kind == "nearest":
             return list(torch.cdist(features, means).argmin(1).tolist())
-        covariance = self.tensors["scatter"] / max(self.seen - len(means), 1)
+        weights, offsets = self.discriminant()
+        return list((features @ weights - offsets).argmax(1).tolist())
+
+    def discriminant(self) -> tuple[Tensor, Tensor]:
+        """The classifier itself: Σ⁻¹ μ_t of each task, [d, T], and ½ μ_tᵀ Σ⁻¹ μ_t, [T].
+
+        It depends on sums over the tasks alone, and so not on the order in which they came.
+        """
+        means, covariance = self.tensors["means"], self.covariance()
+        weights = torch.linalg.solve(covariance, means.T)
+        return weights, (means.T * weights).sum(0) / 2
+
+    def covariance(self) -> Tensor:
+        """Within the tasks, shrunk: [d, d]."""
+        covariance = self.tensors["scatter"] / max(self.seen - len(self.tensors["means"]), 1)
         # There may be fewer questions than dimensions.
         even = covariance.trace() / len(covariance) * torch.eye(len(covariance))
-        shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * even
-        weights = torch.linalg.solve(shrunk, means.T)
-        scores = features @ weights - (means.T * weights).sum(0) / 2
-        return list(scores.argmax(1).tolist())
+        return (1 - SHRINKAGE) * covariance + SHRINKAGE * even

@@ -68,7 +68,7 @@ class Stacked(Method):
         for name in names:
             if name not in model.peft_config:
                 add_adapter(ctx, name, head=False)
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        layers = self._stacked(ctx)
         self._refs = [ref(layer) for layer in layers]
         for layer in layers:
             # Not the whole model's `set_adapter`: a classifier's head takes one adapter only.
@@ -78,8 +78,12 @@ class Stacked(Method):
                 factor.requires_grad_(False)
         self._frozen = names
 
+    def _stacked(self, ctx: Context) -> list[Any]:
+        """The layers in which each task has an adapter of its own: all with LoRA factors."""
+        return [module for module in ctx.model.modules() if isinstance(module, LoraLayer)]
+
     def _layers(self) -> list[Any]:
-        """Every layer that has LoRA factors."""
+        """Those layers, once something is frozen in them."""
         return [layer for found in self._refs if (layer := found()) is not None]
 
     def end_task(self, ctx: Context) -> None:

@@ -36,6 +36,7 @@ from keeptune.methods._isolate import (
     freeze,
     give_free,
     layers,
+    lowest,
     size,
 )
 from keeptune.methods._isolate.cache import BYTES, Store, keep_activations
@@ -75,7 +76,7 @@ class Freeze(Method):
         refuse_shards(ctx, self.name(), SETTLED)
         before = size(ctx, list(ctx.trainable()))
         stack, blocks = layers(ctx.model, self.name())
-        count = self._count(len(blocks))
+        count = lowest(self.layers, len(blocks), "Freeze")
         self._frozen = freeze(ctx, self._names(ctx, stack, count), self.name())
         frozen = size(ctx, self._frozen)
         self._evidence.update(
@@ -89,14 +90,6 @@ class Freeze(Method):
             tokens = sum(map(len, ctx.dataset["input_ids"]))
             room = self._store.limit / (tokens * width * BYTES)
             self._evidence["cached_share"] = min(1.0, room)
-
-    def _count(self, there: int) -> int:
-        if self.layers > there:
-            raise MethodError(
-                f"Freeze.layers: the model has {there} layers, got {self.layers:g}. Give their "
-                "number, or a share of them below 1."
-            )
-        return round(self.layers * there) if self.layers < 1 else int(self.layers)
 
     def _names(self, ctx: Context, stack: str, count: int) -> list[str]:
         every = [name for name, _ in ctx.model.named_parameters()]

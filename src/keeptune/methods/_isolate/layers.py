@@ -29,6 +29,25 @@ def layers(model: nn.Module, who: str) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
+def lowest(wanted: float, there: int, who: str) -> int:
+    """How many of the bottom layers a setting means.
+
+    Args:
+        wanted: A share of them below 1, else their number.
+        there: Layers of the model.
+        who: The class whose setting `layers` it is, for the error.
+
+    Raises:
+        MethodError: There are not so many.
+    """
+    if wanted > there:
+        raise MethodError(
+            f"{who}.layers: the model has {there} layers, got {wanted:g}. Give their number, or a "
+            "share of them below 1."
+        )
+    return round(wanted * there) if wanted < 1 else int(wanted)
+
+
 def below(stack: str, count: int) -> tuple[str, ...]:
     """How names of parameters in the lowest `count` layers start."""
     return tuple(f"{stack}.{index}." for index in range(count))
