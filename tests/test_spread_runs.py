@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import pico
 from keeptune import runs
 from keeptune.cli import app
-from keeptune.errors import FolderError
+from keeptune.errors import FolderError, RecipeError
 from keeptune.folder import ReadOnlyFolder, RunFolder
 from keeptune.recipe import load_recipe
 
@@ -165,7 +165,7 @@ def test_what_looks_while_training_is_one_process(
     change: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="looks at the model of one process, but .* as 2"):
+    with pytest.raises(RecipeError, match=r"looks at the model of one process, but .* as 2"):
         runs.run(load_recipe(root / "one.yaml", [change, f"out={tmp_path}/new"]))
     assert not (tmp_path / "new").exists()
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from keeptune.method import ADDED, Context, wide
-from keeptune.methods._anchor.shards import processes
 from keeptune.methods._anchor.undisturbed import undisturbed
 from keeptune.methods._features import BATCH, input_of, mask_of, taken_down
+from keeptune.processes import processes
 
 ROWS = 512  # of a task, by which the gate learns it
 TOKENS = 32  # of each of these rows
