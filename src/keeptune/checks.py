@@ -273,7 +273,7 @@ def _conditions(folder: RunFolder) -> dict[str, Any]:
     conditions |= {"adapter": recipe.get("adapter"), "max_length": recipe.get("max_length")}
     model = folder.info.model
     conditions |= {f"model {key}": model.get(key) for key in ("name", "identity", "kind")}
-    conditions["tasks"] = [task.name for task in folder.info.tasks]
+    conditions["tasks"] = sorted(task.name for task in folder.info.tasks)
     conditions["guards"] = [guard.name for guard in folder.info.guards]
     for data in _data(folder):
         conditions[f"score of {data.name}"] = data.score
