@@ -108,10 +108,12 @@ def compare(
 def _show(done: Compared) -> None:
     from rich.console import Console
 
-    from keeptune import terminal
+    from keeptune import comparison, terminal
+    from keeptune.folder import RunFolder
 
     if done.page is not None:
-        Console().print(terminal.comparison_table([job.folder for job in done.done]))
+        groups = comparison.compare([RunFolder(job.folder) for job in done.done])
+        Console().print(terminal.comparison_table(groups))
         typer.echo(f"\nRun folders: {done.folder}\nReport:      {done.page}")
     for job, said in done.failed:
         typer.echo(f"keeptune: {job.title} failed: {said}", err=True)

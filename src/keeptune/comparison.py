@@ -24,6 +24,8 @@ from keeptune.metrics import (
 from keeptune.results import Results, load
 from keeptune.units import UNITS, Scale, convert, shown_as
 
+TRAINING = ("train", "end_task")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -57,6 +59,17 @@ class Group:
     def orders(self) -> list[tuple[str, ...]]:
         """The orders of the tasks, each once."""
         return list(dict.fromkeys(order_of(r) for r in self.results))
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether it trains on all tasks at once: the ceiling, not a strategy for a stream."""
+        return _has_joint(self.results[0].folder)
+
+    @property
+    def training_seconds(self) -> float:
+        """What a run took for training and the ends of its tasks, on average."""
+        phases = [p for r in self.results for p in r.folder.cost().phases]
+        return sum(p.seconds for p in phases if p.phase in TRAINING) / len(self.results)
 
     def metric(self, key: str) -> Metric | None:
         """A metric by its key; None where there is none of that unit."""
