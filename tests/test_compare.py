@@ -15,8 +15,8 @@ import runs
 from keeptune import registry
 from keeptune.board import Board
 from keeptune.compare import compare, plan, task_orders
-from keeptune.errors import FolderError, RecipeError
 from keeptune.disk import locked
+from keeptune.errors import FolderError, RecipeError
 from keeptune.failures import failure, write_failure
 from keeptune.jobs import Job
 from keeptune.recipe import Recipe, parse_recipe
@@ -132,7 +132,9 @@ def test_a_folder_is_named_by_what_is_run_in_it(recipe: Recipe) -> None:
     other = [
         plan(recipe, OUT, methods="ewc(strength=8)"),
         plan(recipe, OUT, methods="ewc", seeds="5,"[:1]),
-        plan(parse_recipe({**recipe.model_dump(mode="json"), "max_length": 99}), OUT, methods="ewc"),
+        plan(
+            parse_recipe({**recipe.model_dump(mode="json"), "max_length": 99}), OUT, methods="ewc"
+        ),
     ]
     assert other[1][0].folder == first.folder, "the first of five seeds"
     assert first.folder not in {other[0][0].folder, other[2][0].folder}

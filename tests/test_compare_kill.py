@@ -68,7 +68,9 @@ def test_a_killed_comparison_goes_on(
 
     # Again, now with one more, which fails: there is no base model under all weights.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["keeptune", *command("plain,replay,self_rewrite(writer=base)")])
+    monkeypatch.setattr(
+        sys, "argv", ["keeptune", *command("plain,replay,self_rewrite(writer=base)")]
+    )
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1

@@ -95,7 +95,7 @@ def test_orders_of_the_tasks_are_taken_together(tmp_path):
         for seed in (0, 1)
         for i, way in enumerate(ways)
     ]
-    plain, ours = compare(folders)
+    _, ours = compare(folders)
     assert (ours.seeds, ours.orders) == ([0, 1], ways)
     assert ours.metric("average_accuracy").estimate.n == 4
     assert ours.differences["backward_transfer"].n == 4

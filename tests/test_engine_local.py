@@ -106,7 +106,9 @@ def until(true: object, seconds: float = 60) -> None:
 
 
 def test_an_engine_that_is_not_there_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"--engine rya: there is no such engine. Did you mean 'r"):
+    with pytest.raises(
+        RecipeError, match=r"--engine rya: there is no such engine. Did you mean 'r"
+    ):
         choose("rya", at_once=1)
     with pytest.raises(RecipeError, match="--address is for --engine ray, but the engine is local"):
         choose("local", at_once=1, address="auto")

@@ -76,14 +76,15 @@ def compare(
     # SIGTERM is the same as Ctrl-C: each run saves a state.
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        typer.echo("loading libraries and data", err=True)
         from keeptune import board, engines
-        from keeptune.compare import compare as run_all
-        from keeptune.compare import plan
         from keeptune.recipe import load_recipe
 
-        chosen = engines.choose(engine, at_once=jobs, address=address, slurm=slurm or [])
         loaded = load_recipe(recipe, set_ or [])
+        chosen = engines.choose(engine, at_once=jobs, address=address, slurm=slurm or [])
+        typer.echo("loading libraries and data", err=True)
+        from keeptune.compare import compare as run_all
+        from keeptune.compare import plan
+
         planned = plan(loaded, where, methods=methods, seeds=seeds, orders=orders)
         if dry_run:
             for job in planned:

@@ -81,8 +81,7 @@ def rankings(groups: Sequence[Group]) -> list[Ranking]:
         if all(m is not None and m.estimate.value is not None for m in metrics):
             assert metrics[0] is not None
             duels = [
-                _duel(groups, one, other, key)
-                for one, other in combinations(range(len(groups)), 2)
+                _duel(groups, one, other, key) for one, other in combinations(range(len(groups)), 2)
             ]
             places = [_place(i, len(groups), duels) for i in range(len(groups))]
             found.append(Ranking(metrics[0], duels, places))
