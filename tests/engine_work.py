@@ -45,4 +45,10 @@ def work(job: Job, progress: Any = None) -> str | None:
 
 def mark(job: Job, what: str) -> None:
     file = job.folder.with_name(f"{job.folder.name}.{what}")
-    file.write_text(str(os.getpid()))
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    file.write_text(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')} {gpu}")
+
+
+def marks(folder: Path, what: str) -> dict[str, list[str]]:
+    """Of each job, its process, threads and GPUs at a mark."""
+    return {f.stem: f.read_text().split() for f in sorted(folder.glob(f"*.{what}"))}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_work import job, work
+from engine_work import job, marks, work
 from keeptune.board import Board
 from keeptune.engines import choose, local
 from keeptune.errors import RecipeError
@@ -65,7 +65,16 @@ def test_ctrl_c_ends_the_runs_that_are_at_work(tmp_path: Path) -> None:
     assert not (tmp_path / "c.began").exists()
     for name in "ab":
         with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / f"{name}.began").read_text()), 0)
+            os.kill(int(marks(tmp_path, "began")[name][0]), 0)
+
+
+def test_threads_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    run([job(tmp_path, name) for name in ("a", "b")], at_once=2)
+    assert [found[1:] for found in marks(tmp_path, "finished").values()] == [["2", "3"], ["2", "7"]]
+    run([job(tmp_path, "c")])
+    assert marks(tmp_path, "finished")["c"][1:] == ["5", "3,7"]
 
 
 def test_no_process_outlives_the_one_that_waits(tmp_path: Path) -> None:
@@ -86,7 +95,7 @@ def test_no_process_outlives_the_one_that_waits(tmp_path: Path) -> None:
     until(began.exists)
     waits.send_signal(signal.SIGKILL)
     waits.wait()
-    pid = int(began.read_text())
+    pid = int(marks(tmp_path, "began")["a"][0])
     until(lambda: not Path(f"/proc/{pid}").exists() or "State:\tZ" in status(pid))
 
 

@@ -28,6 +28,7 @@ class _Process:
     job: Job
     process: SpawnProcess
     pipe: Connection
+    place: int
     said: list[str | None]
 
     @property
@@ -40,7 +41,8 @@ def run(
 ) -> Generator[tuple[Job, str | None], None, None]:
     """Run jobs in processes of their own, `at_once` at a time.
 
-    What a process prints goes to a file beside its folder, which stays where the run failed. When
+    Where there are several GPUs, each of the `at_once` places has one of them. What a process
+    prints goes to a file beside its folder, which stays where the run failed. When
     this process ends, however it ends, so do they; what they saved is kept.
 
     Args:
@@ -55,12 +57,15 @@ def run(
     Raises:
         KeyboardInterrupt: Ctrl-C; each run saved a state first, or a second one ended them.
     """
-    waiting = list(jobs)
+    waiting, places = list(jobs), list(range(at_once))
     running: dict[int, _Process] = {}
+    gpus = _gpus() if at_once > 1 else []
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
-                one = _start(waiting.pop(0), work, at_once)
+            while waiting and places:
+                place = places.pop(0)
+                gpu = gpus[place % len(gpus)] if len(gpus) > 1 else None
+                one = _start(waiting.pop(0), place, (work, at_once, gpu))
                 running[one.process.sentinel] = one
                 board.started(one.job)
             ready = wait([*running, *(one.pipe for one in running.values())], timeout=0.5)
@@ -69,6 +74,7 @@ def run(
                     _listen(one, board)
             for sentinel in [s for s in running if s in ready]:
                 ended = running.pop(sentinel)
+                places.append(ended.place)
                 yield ended.job, _end(ended, board)
             board.tick()
     except KeyboardInterrupt:
@@ -80,14 +86,24 @@ def run(
             one.process.kill()
 
 
-def _start(job: Job, work: Work, at_once: int) -> _Process:
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _start(job: Job, place: int, how: tuple[Work, int, str | None]) -> _Process:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_work, args=(job, work, theirs, at_once), name=job.title)
+    process = context.Process(target=_work, args=(job, theirs, *how), name=job.title)
     process.start()
     theirs.close()
-    return _Process(job, process, ours, [])
+    return _Process(job, process, ours, place, [])
 
 
 def _listen(one: _Process, board: Board) -> None:
@@ -132,12 +148,14 @@ def _stop(running: Iterable[_Process]) -> None:
 # -- in the process of one run --------------------------------------------------------------------
 
 
-def _work(job: Job, work: Work, pipe: Connection, at_once: int) -> None:
+def _work(job: Job, pipe: Connection, work: Work, at_once: int, gpu: str | None) -> None:
     # Ctrl-C in a terminal reaches the process that waits, and only through it this one.
     os.setpgrp()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _print_to(_log(job))
     _share_threads(at_once)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     try:
         said = work(job, Told(pipe))
     except KeyboardInterrupt:
@@ -163,7 +181,7 @@ def _log(job: Job) -> Path:
 
 
 def _share_threads(at_once: int) -> None:
-    # torch reads it when it is imported, which is later.
+    # torch reads it, as it does the GPUs, when it is imported, which is later.
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     threads = int(given) if given.isdecimal() else len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads // at_once))
