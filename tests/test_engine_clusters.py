@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     for module in (ray, slurm):
         monkeypatch.setattr(module, "run_job", engine_work.work)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # it would write a token into the home folder
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     return [job(tmp_path, f"job-{does}", does=does) for does in ("", "fail", "die")]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import IO, Any
 
 import rich.progress
 from rich.console import Console
@@ -55,7 +55,7 @@ class Board:
     """
 
     def __init__(
-        self, stream: TextIO, *, every: float = 30.0, clock: Callable[[], float] = time.monotonic
+        self, stream: IO[str], *, every: float = 30.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._stream, self._every, self._clock = stream, every, clock
         self._began = self._said = clock()
@@ -202,7 +202,7 @@ class BarBoard(Board):
         self._bars.stop()
 
 
-def choose(stream: TextIO) -> Board:
+def choose(stream: IO[str]) -> Board:
     """Bars where the stream is a terminal that can move its cursor, else plain lines."""
     console = Console(file=stream)
     is_screen = console.is_terminal and not console.is_dumb_terminal

@@ -184,8 +184,9 @@ def _group(
 
 def _twin(run: Results, others: list[Results] | None) -> Results | None:
     """The run of another group with the same seed and order, or its first."""
-    twins = [other for other in others or () if _pairing(other) == _pairing(run)]
-    return (twins or others or [None])[0]
+    if not others:
+        return None
+    return next((other for other in others if _pairing(other) == _pairing(run)), others[0])
 
 
 def _pairing(run: Results) -> tuple[int, tuple[str, ...]]:

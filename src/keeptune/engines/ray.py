@@ -34,7 +34,7 @@ def run(
         Each job when it ends, with None or with why it failed.
 
     Raises:
-        RecipeError: Ray is not installed, or there is no cluster at the address.
+        RecipeError: Ray is not installed, or does not start or answer.
         KeyboardInterrupt: Ctrl-C; each run saves a state first.
     """
     ray = _started(address)
@@ -76,10 +76,11 @@ def _started(address: str | None) -> Any:
     here = {"include_dashboard": False} if address is None else {}
     try:
         ray.init(address=address, log_to_driver=False, **here)
-    except ConnectionError as error:
+    except Exception as error:  # Ray raises many, its own and Python's
+        first = str(error).strip().splitlines()[0].rstrip(".")
         raise RecipeError(
-            f"--address {address}: no Ray cluster answers there. Start one with `ray start --head`,"
-            " or leave --address out to use this machine alone."
+            f"--engine ray: Ray says: {first}. Start a cluster with `ray start --head` and name it "
+            "with --address, or leave --address out to use this machine alone."
         ) from error
     return ray
 
