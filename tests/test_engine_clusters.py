@@ -54,7 +54,7 @@ def test_slurm_runs_jobs_and_tells_their_ends(jobs: list[Job], tmp_path: Path) -
     assert said["job-fail"] == "the loss is not a number"
     assert said["job-die"]
     assert set(marks(tmp_path, "finished")) == {"job-"}
-    assert list((tmp_path / "slurm").glob("*_log.out"))
+    assert list((tmp_path / ".slurm").glob("*_log.out"))
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,11 @@ def _unlike(folders: Sequence[RunFolder]) -> str | None:
                 f"runs {first.path.name} and {other.path.name} differ in more than their methods: "
                 f"{shown}{more}"
             )
+    orders: dict[str, set[tuple[str, ...]]] = {}
+    for folder in folders:
+        orders.setdefault(recipe_key(folder), set()).add(tuple(t.name for t in folder.info.tasks))
+    if any(one.isdisjoint(other) for one in orders.values() for other in orders.values()):
+        reasons.append("there are strategies that learned the tasks in no order that is the same")
     return _sentence(reasons)
 
 

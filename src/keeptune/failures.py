@@ -32,5 +32,5 @@ def write_failure(folder: Path, sentence: str, details: str = "") -> str:
 
 
 def clear_failure(folder: Path) -> None:
-    """Forget a failure: the run is tried again."""
+    """Forget a failure: the run goes on."""
     (folder / FILE).unlink(missing_ok=True)

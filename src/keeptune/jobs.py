@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeptune.errors import FolderError, KeeptuneError
-from keeptune.failures import clear_failure, write_failure
+from keeptune.failures import write_failure
 from keeptune.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ def run_job(job: Job, progress: Progress | None = None) -> str | None:
     if job.folder.is_dir() and not (job.folder / "run.json").is_file():
         # Killed before it was a run folder, or refused before there was one.
         shutil.rmtree(job.folder)
-    clear_failure(job.folder)
     try:
         run(parse_recipe(job.recipe), resume=True, progress=progress)
     except KeeptuneError as error:

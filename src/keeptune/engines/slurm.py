@@ -28,7 +28,7 @@ def run(
 ) -> Generator[tuple[Job, str | None], None, None]:
     """Submit runs as jobs, `at_once` at a time.
 
-    What they print is in the folder `slurm` beside the run folders.
+    What they print is in the folder `.slurm` beside the run folders.
 
     Args:
         jobs: The runs.
@@ -89,7 +89,7 @@ def _executor(jobs: Sequence[Job], parameters: dict[str, Any]) -> Any:
         ) from error
     cluster = parameters.pop("cluster", "slurm")
     try:
-        executor = submitit.AutoExecutor(jobs[0].folder.parent / "slurm", cluster=cluster)
+        executor = submitit.AutoExecutor(jobs[0].folder.parent / ".slurm", cluster=cluster)
         executor.update_parameters(**{"timeout_min": MINUTES, "name": "keeptune", **parameters})
     except (RuntimeError, ValueError, NameError, TypeError) as error:
         first = str(error).strip().splitlines()[0].rstrip(".")
