@@ -265,7 +265,8 @@ def _unlike(folders: Sequence[RunFolder]) -> str | None:
     orders: dict[str, set[tuple[str, ...]]] = {}
     for folder in folders:
         orders.setdefault(recipe_key(folder), set()).add(tuple(t.name for t in folder.info.tasks))
-    if any(one.isdisjoint(other) for one in orders.values() for other in orders.values()):
+    sets = list(orders.values())
+    if not reasons and any(one.isdisjoint(other) for one in sets for other in sets):
         reasons.append("there are strategies that learned the tasks in no order that is the same")
     return _sentence(reasons)
 
