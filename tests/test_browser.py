@@ -75,7 +75,7 @@ def comparison(tmp_path_factory):
     paths = [
         runs.fabricate(
             folder / f"{name}-seed{seed}-order{order}",
-            runs.info(runs.TASKS[:: 1 - 2 * order], methods=methods, seed=seed),
+            runs.info(runs.TASKS[:: 1 - 2 * order], methods=methods, seed=seed, n=40),
             gain=gain + 0.01 * seed, loss=loss + 0.01 * order,
         ).path
         for name, (methods, gain, loss) in strategies.items()
