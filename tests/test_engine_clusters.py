@@ -16,9 +16,6 @@ from keeptune.engines import choose, ray, slurm
 from keeptune.errors import RecipeError
 from keeptune.jobs import Job
 
-# Ray 2.60 and submitit 1.5 leave files and pipes to be closed by the end of the process.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
-
 
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
