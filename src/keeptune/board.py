@@ -31,8 +31,9 @@ class _Run:
         self.share = max(self.share, (number - 1) / total)
 
     def phase(self, name: str, total: int, unit: str = "steps") -> None:
+        if name != self._phase:
+            self.words = name
         self._phase, self._total, self._unit = name, total, unit
-        self.words = name
 
     def advance(self, done: int, **figures: float) -> None:
         of = f" of {self._total:,}" if self._total else ""

@@ -143,6 +143,7 @@ def _stop(running: Iterable[_Process]) -> None:
         one.process.terminate()
     for one in running:
         one.process.join()
+        one.log.unlink(missing_ok=True)
 
 
 # -- in the process of one run --------------------------------------------------------------------
