@@ -4,6 +4,7 @@ import pytest
 
 import runs
 from browser import Browser, executable
+from keeptune.failures import write_failure
 from keeptune.report import write
 
 pytestmark = pytest.mark.skipif(
@@ -59,6 +60,30 @@ def page(tmp_path_factory):
     ours = runs.fabricate(folder / "ours", info, values={"ewc": {}}, loss=0.02)
     plain = runs.fabricate(folder / "plain", loss=0.2)
     return write([ours.path, plain.path], folder / "page.html")
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Three strategies and the ceiling, two seeds with two orders each, and a run that failed."""
+    folder = tmp_path_factory.mktemp("many")
+    strategies = {
+        "plain": ((), 0.55, 0.2),
+        "ewc": ([runs.EWC], 0.4, 0.05),
+        "replay": ([runs.REPLAY], 0.5, 0.04),
+        "joint": ([runs.JOINT], 0.56, 0.0),
+    }
+    paths = [
+        runs.fabricate(
+            folder / f"{name}-seed{seed}-order{order}",
+            runs.info(runs.TASKS[:: 1 - 2 * order], methods=methods, seed=seed, n=40),
+            gain=gain + 0.01 * seed, loss=loss + 0.01 * order,
+        ).path
+        for name, (methods, gain, loss) in strategies.items()
+        for seed in (0, 1)
+        for order in (0, 1)
+    ]  # fmt: skip
+    write_failure(folder / "ewc-seed2", f"the loss is not a number {EVIL}")
+    return write([*paths, folder / "ewc-seed2"], folder / "comparison.html")
 
 
 def background(browser):
@@ -163,3 +188,30 @@ def test_hostile_data_stays_text(browser, tmp_path, width):
     assert browser.evaluate("document.querySelectorAll('script, img').length") == 0
     assert EVIL in browser.evaluate("document.querySelector('main').textContent")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+def test_many_runs_are_drawn_compared_and_escaped(browser, comparison, width, theme):
+    browser.open(comparison, width=width, theme=theme)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.problems() == []
+    assert browser.requests() == [comparison.resolve().as_uri()]
+    assert browser.evaluate(EMPTY) == []
+    assert browser.evaluate(PALE) == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.querySelectorAll('script').length") == 0
+    assert f"the loss is not a number {EVIL}" in browser.evaluate(
+        "document.querySelector('.findings').textContent"
+    )
+    # A cross for each of the four, points of different sizes, and one line for the front.
+    places = "document.querySelectorAll('svg.scatter {}')"
+    assert browser.evaluate(places.format("line.whisker") + ".length") == 8
+    assert browser.evaluate(places.format("polyline.front") + ".length") == 1
+    corners = browser.evaluate(places.format("polyline.front") + "[0].getAttribute('points')")
+    members = browser.evaluate("document.querySelectorAll('svg.scatter ~ details td.front').length")
+    assert len(corners.split()) == 1 + 2 * members
+    overlap = """(() => { const boxes = [...document.querySelectorAll('svg.scatter g text')]
+      .map(e => e.getBoundingClientRect());
+      return boxes.some((a, i) => boxes.some((b, j) => j > i && a.left < b.right &&
+        b.left < a.right && a.top + 4 < b.bottom && b.top + 4 < a.bottom)) })()"""
+    assert browser.evaluate(overlap) is False

@@ -144,7 +144,16 @@ def test_kt008_runs_that_differ_in_more_than_their_methods(tmp_path):
 
 def test_kt008_another_stream(tmp_path):
     message = found(clean(tmp_path / "a"), clean(tmp_path / "b", tasks=["x"]))["KT008"].message
-    assert "tasks (['French names', 'Finnish names', 'Welsh names'] and ['x'])" in message
+    assert "tasks (['Finnish names', 'French names', 'Welsh names'] and ['x'])" in message
+
+
+def test_strategies_must_share_an_order_of_the_tasks(tmp_path):
+    turned = runs.TASKS[::-1]
+    plain = clean(tmp_path / "a")
+    ours = clean(tmp_path / "b", tasks=turned, methods=[runs.EWC])
+    message = found(plain, ours)["KT008"].message
+    assert message == "There are strategies that learned the tasks in no order that is the same."
+    assert "KT008" not in found(plain, ours, clean(tmp_path / "c", tasks=turned))
 
 
 def test_kt009_a_guard_that_cannot_fall(tmp_path):

@@ -117,7 +117,7 @@ def files() -> set[str]:
 def test_help_names_every_command(keeptune: Call) -> None:
     code, out, _ = keeptune("--help")
     assert code == 0
-    for name in ("demo", "run", "learn", "report", "methods", "check", "version"):
+    for name in ("demo", "run", "learn", "compare", "report", "methods", "check", "version"):
         assert f" {name} " in out
 
 
@@ -386,3 +386,90 @@ def test_version(keeptune: Call) -> None:
     code, out, _ = keeptune("version")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()][:2] == ["keeptune", "torch"]
+
+
+# -- compare --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grid(called: Called, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stands in for the runs of a comparison."""
+    seen: dict[str, Any] = {"failed": [], "error": None}
+
+    def plan(recipe: Recipe, out: Path, **how: Any) -> list[Any]:
+        seen.update(recipe=recipe, out=out, how=how)
+        job = types.SimpleNamespace(title="plain, seed 0", folder=out / "plain", is_done=False)
+        return [job]
+
+    def compare(jobs: list[Any], out: Path, board: Any, engine: Any) -> Any:
+        seen["engine"] = engine
+        if seen["error"] is not None:
+            raise seen["error"]
+        fabricate(jobs[0].folder)
+        failed = [(jobs[0], said) for said in seen["failed"]]
+        return types.SimpleNamespace(folder=out, page=out / "c.html", done=jobs, failed=failed)
+
+    module = types.ModuleType("keeptune.compare")
+    vars(module).update(plan=plan, compare=compare)
+    monkeypatch.setitem(sys.modules, "keeptune.compare", module)
+    return seen
+
+
+WORDS = "loading libraries and data\n"
+
+
+def test_compare_hands_on_the_grid_and_shows_its_page(grid: dict[str, Any], keeptune: Call) -> None:
+    words = ("--methods", "plain,ewc", "--seeds", "3", "--orders", "2", "--jobs", "4")
+    code, out, err = keeptune("compare", "r.yaml", *words, "--set", "seed=7")
+    assert (code, err) == (0, WORDS)
+    assert grid["how"] == {"methods": "plain,ewc", "seeds": "3", "orders": 2}
+    assert (grid["recipe"].seed, grid["out"]) == (7, Path("runs/r-compare"))
+    assert grid["engine"].keywords == {"at_once": 4}
+    assert "plain " in out
+    assert out.endswith("Run folders: runs/r-compare\nReport:      runs/r-compare/c.html\n")
+
+
+def test_compare_ends_with_1_when_a_run_failed(grid: dict[str, Any], keeptune: Call) -> None:
+    grid["failed"] = ["the loss is not a number"]
+    code, out, err = keeptune("compare", "r.yaml")
+    assert code == 1
+    assert "Report: " in out
+    assert "keeptune: plain, seed 0 failed: the loss is not a number\n" in err
+    assert err.endswith("1 of 2 runs failed. The same command tries them again, and only them.\n")
+
+
+def test_compare_lists_the_runs_and_runs_none(grid: dict[str, Any], keeptune: Call) -> None:
+    code, out, _ = keeptune("compare", "r.yaml", "--dry-run")
+    assert (code, out) == (0, "to do    plain, seed 0: runs/r-compare/plain\n")
+    assert "engine" not in grid
+
+
+def test_compare_says_how_to_continue(grid: dict[str, Any], keeptune: Call) -> None:
+    grid["error"] = KeyboardInterrupt()
+    words = ("--methods", "ewc(strength=1)", "--seeds", "3,5", "--engine", "slurm")
+    more = ("--slurm", "cluster=local", "--set", "seed=7", "--out", "my runs")
+    code, _, err = keeptune("compare", "r.yaml", *words, *more)
+    assert code == 130
+    first, grid["error"] = grid["how"], None
+    again = shlex.split(err.partition("Continue with: keeptune ")[2])
+    assert keeptune(*again)[0] == 0
+    assert (grid["how"], grid["out"], grid["recipe"].seed) == (first, Path("my runs"), 7)
+    assert grid["engine"].keywords == {"at_once": 1, "parameters": {"cluster": "local"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--engine", "rya"), "--engine rya: there is no such engine. Did you mean 'ray'"),
+        (("--address", "auto"), "--address is for --engine ray, but the engine is local"),
+        (("--set", "sed=1"), "there is no key 'sed'"),
+    ],
+)
+def test_compare_refuses_before_anything_is_loaded(
+    grid: dict[str, Any], keeptune: Call, words: tuple[str, ...], said: str
+) -> None:
+    code, out, err = keeptune("compare", "r.yaml", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert WORDS not in err
+    assert "how" not in grid

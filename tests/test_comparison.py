@@ -76,8 +76,33 @@ def test_several_seeds_against_one_plain_run(tmp_path):
 def test_other_settings_are_another_group(tmp_path):
     weak = runs.EWC.model_copy(update={"settings": {"strength": 1.0}})
     groups = compare([one(tmp_path / "a", [runs.EWC]), one(tmp_path / "b", [weak], seed=1)])
-    assert [g.label for g in groups] == ["ewc (a)", "ewc (b)"]
+    assert [g.label for g in groups] == ["ewc (strength 300, decay 1)", "ewc (strength 1)"]
     assert groups[0].differences == {}
+
+
+def test_what_differs_in_no_setting_is_told_apart_by_its_folder(tmp_path):
+    folders = [one(tmp_path / "a", [runs.EWC]), one(tmp_path / "b", [runs.EWC])]
+    recipe = folders[1].path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("0.0002", "0.0003"))
+    assert [g.label for g in compare(folders)] == ["ewc (a)", "ewc (b)"]
+
+
+def test_orders_of_the_tasks_are_taken_together(tmp_path):
+    ways = [runs.TASKS, runs.TASKS[::-1]]
+    folders = [
+        one(tmp_path / f"{len(m)}-{seed}-{i}", m, tasks=way, seed=seed, loss=loss + 0.01 * i)
+        for m, loss in (((), 0.2), ([runs.EWC], 0.05))
+        for seed in (0, 1)
+        for i, way in enumerate(ways)
+    ]
+    _, ours = compare(folders)
+    assert (ours.seeds, ours.orders) == ([0, 1], ways)
+    assert ours.metric("average_accuracy").estimate.n == 4
+    assert ours.differences["backward_transfer"].n == 4
+    assert ours.differences["backward_transfer"].is_above
+    # Without one of them, the others are still paired with their own likes.
+    _, fewer = compare([f for f in folders if f.path.name != "0-1-1"])
+    assert fewer.differences["backward_transfer"].n == 3
 
 
 def test_a_neutral_method_is_plain(tmp_path):

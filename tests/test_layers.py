@@ -18,7 +18,8 @@ HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "safe
 # What answers at once: command line, recipes, results and the report on them.
 LIGHT = (
     "errors", "folder", "recipe", "rows", "scorers", "stream", "progress",
-    "metrics", "checks", "report", "cli", "terminal",
+    "metrics", "checks", "report", "cli", "terminal", "ranking", "failures", "jobs", "board",
+    "engines", "engines.local",
 )  # fmt: skip
 METHODS_MAY = {
     "__future__", "bm25s", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",

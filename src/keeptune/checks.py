@@ -262,6 +262,12 @@ def _unlike(folders: Sequence[RunFolder]) -> str | None:
                 f"runs {first.path.name} and {other.path.name} differ in more than their methods: "
                 f"{shown}{more}"
             )
+    orders: dict[str, set[tuple[str, ...]]] = {}
+    for folder in folders:
+        orders.setdefault(recipe_key(folder), set()).add(tuple(t.name for t in folder.info.tasks))
+    sets = list(orders.values())
+    if not reasons and any(one.isdisjoint(other) for one in sets for other in sets):
+        reasons.append("there are strategies that learned the tasks in no order that is the same")
     return _sentence(reasons)
 
 
@@ -273,7 +279,7 @@ def _conditions(folder: RunFolder) -> dict[str, Any]:
     conditions |= {"adapter": recipe.get("adapter"), "max_length": recipe.get("max_length")}
     model = folder.info.model
     conditions |= {f"model {key}": model.get(key) for key in ("name", "identity", "kind")}
-    conditions["tasks"] = [task.name for task in folder.info.tasks]
+    conditions["tasks"] = sorted(task.name for task in folder.info.tasks)
     conditions["guards"] = [guard.name for guard in folder.info.guards]
     for data in _data(folder):
         conditions[f"score of {data.name}"] = data.score

@@ -1,4 +1,4 @@
-"""The command line: keeptune demo | run | learn | forget | export | report | methods | ...
+"""The command line: keeptune demo | run | learn | compare | forget | export | report | ...
 
 Commands import what they need when they run, so that `keeptune --help` answers at once.
 """
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keeptune.cli_compare import compare
+from keeptune.cli_options import Overrides, RecipeFile
 from keeptune.errors import KeeptuneError
 
 if TYPE_CHECKING:
@@ -34,16 +36,6 @@ app = typer.Typer(
 
 SPREAD = ("run", "learn")  # commands that several processes can share
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change one value of the recipe, such as trainer.learning_rate=1e-4, "
-        "tasks.0.score=choice or methods.1.ewc.strength=10; may be given many times.",
-    ),
-]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**32 - 1, help="The same as --set seed=NUMBER.")
 ]
@@ -232,6 +224,9 @@ def report(
     from keeptune.report import write
 
     typer.echo(f"Report: {write(folders, out)}")
+
+
+app.command()(compare)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Several runs side by side: seeds together, and every difference to plain fine-tuning paired."""
+"""Several runs side by side: seeds and orders of tasks together, every difference paired."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ from keeptune.metrics import (
 from keeptune.results import Results, load
 from keeptune.units import UNITS, Scale, convert, shown_as
 
+TRAINING = ("train", "end_task")
+
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe that differ in nothing but their seed.
+    """Runs of one recipe that differ in nothing but their seed and the order of their tasks.
 
     Attributes:
-        label: The strategy, with the folder's name where two groups share a strategy.
+        label: The strategy, with the settings or the folder that tell it from another of its name.
         strategy: The methods' names.
         is_plain: Whether every method is neutral.
         results: The runs.
         summaries: One a run.
-        metrics: The run's own; over two seeds or more, means with Student's t intervals.
+        metrics: The run's own; over two runs or more, means with Student's t intervals.
         differences: By metric key, this group minus plain, in points or relative; empty without a
             plain group and in the plain group itself.
     """
@@ -50,8 +52,24 @@ class Group:
 
     @property
     def seeds(self) -> list[int]:
-        """The runs' seeds."""
-        return [s.seed for s in self.summaries]
+        """The runs' seeds, each once."""
+        return sorted({s.seed for s in self.summaries})
+
+    @property
+    def orders(self) -> list[tuple[str, ...]]:
+        """The orders of the tasks, each once."""
+        return list(dict.fromkeys(order_of(r) for r in self.results))
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether it trains on all tasks at once: the ceiling, not a strategy for a stream."""
+        return _has_joint(self.results[0].folder)
+
+    @property
+    def training_seconds(self) -> float:
+        """What a run took for training and the ends of its tasks, on average."""
+        phases = [p for r in self.results for p in r.folder.cost().phases]
+        return sum(p.seconds for p in phases if p.phase in TRAINING) / len(self.results)
 
     def metric(self, key: str) -> Metric | None:
         """A metric by its key; None where there is none of that unit."""
@@ -61,8 +79,8 @@ class Group:
 def compare(folders: Sequence[RunFolder]) -> list[Group]:
     """Group runs by recipe and measure each group against plain fine-tuning.
 
-    With two seeds or more on both sides that are the same, differences are taken seed by seed
-    (Student's t); otherwise they are paired over examples (bootstrap), on the mean of the seeds.
+    Two groups are compared run by run where they share two or more pairs of seed and order
+    (Student's t over those); otherwise over examples (bootstrap), on the mean of their runs.
 
     Raises:
         FolderError: A folder is given twice.
@@ -95,10 +113,17 @@ def recipe_key(folder: RunFolder) -> str:
             f"{folder.path / 'recipe.yaml'} cannot be read: {str(error).splitlines()[0]}."
         ) from error
     recipe = {k: v for k, v in (recipe or {}).items() if k not in ("seed", "out")}
+    if recipe.get("tasks"):
+        recipe["tasks"] = sorted(recipe["tasks"], key=lambda task: json.dumps(task, default=str))
     info = folder.info
     data = [(d.name, d.train_sha256, d.eval_sha256) for d in (*info.tasks, *info.guards)]
     methods = [(m.name, m.settings) for m in info.methods]
-    return json.dumps([recipe, data, methods], sort_keys=True, default=str)
+    return json.dumps([recipe, sorted(data), methods], sort_keys=True, default=str)
+
+
+def order_of(run: Results) -> tuple[str, ...]:
+    """The names of a run's tasks in the order in which they are learned."""
+    return tuple(task.name for task in run.folder.info.tasks)
 
 
 def _has_joint(folder: RunFolder) -> bool:
@@ -107,10 +132,26 @@ def _has_joint(folder: RunFolder) -> bool:
 
 def _labels(folders: list[RunFolder]) -> list[str]:
     strategies = [folder.info.strategy for folder in folders]
+    labels = []
+    for strategy, folder in zip(strategies, folders, strict=True):
+        same = [f for f, s in zip(folders, strategies, strict=True) if s == strategy]
+        words = _apart(folder, same) if len(same) > 1 else ""
+        labels.append(f"{strategy} ({words})" if words else strategy)
     return [
-        s if strategies.count(s) == 1 else f"{s} ({folder.path.name})"
-        for s, folder in zip(strategies, folders, strict=True)
+        label if labels.count(label) == 1 else f"{strategy} ({folder.path.name})"
+        for label, strategy, folder in zip(labels, strategies, folders, strict=True)
     ]
+
+
+def _apart(folder: RunFolder, others: list[RunFolder]) -> str:
+    """The settings in which a run differs from others of the same methods."""
+    every = [[list(m.settings.items()) for m in f.info.methods] for f in (folder, *others)]
+    words = []
+    for number, method in enumerate(folder.info.methods):
+        for key, value in method.settings.items():
+            if any((key, value) not in settings[number] for settings in every):
+                words.append(f"{key} {value:g}" if type(value) is float else f"{key} {value}")
+    return ", ".join(words)
 
 
 def _group(
@@ -127,9 +168,9 @@ def _group(
     differences = {}
     if plain is not None and plain is not results:
         for metric in metrics:
-            difference = _difference(results, plain, metric.key)
-            if difference is not None:
-                differences[metric.key] = difference
+            gap = difference(results, plain, metric.key)
+            if gap is not None:
+                differences[metric.key] = gap
     return Group(
         label=label,
         strategy=summaries[0].strategy,
@@ -142,11 +183,14 @@ def _group(
 
 
 def _twin(run: Results, others: list[Results] | None) -> Results | None:
-    """The run of another group with the same seed, or its first."""
+    """The run of another group with the same seed and order, or its first."""
     if not others:
         return None
-    seed = run.folder.info.seed
-    return next((o for o in others if o.folder.info.seed == seed), others[0])
+    return next((other for other in others if _pairing(other) == _pairing(run)), others[0])
+
+
+def _pairing(run: Results) -> tuple[int, tuple[str, ...]]:
+    return run.folder.info.seed, order_of(run)
 
 
 def _over_seeds(metrics: list[Metric]) -> Metric:
@@ -165,20 +209,30 @@ def _find(key: str) -> tuple[Definition, Unit]:
     return next(d for d in (*DEFINITIONS, INTRANSIGENCE) if d.key == name), unit
 
 
-def _difference(ours: list[Results], plain: list[Results], key: str) -> Estimate | None:
+def difference(ours: list[Results], theirs: list[Results], key: str) -> Estimate | None:
+    """One group minus another in a metric, paired: run by run, or example by example.
+
+    Args:
+        ours: The runs of the one group.
+        theirs: The runs of the other.
+        key: The metric's key.
+
+    Returns:
+        In points or relative; None where one of them has no value.
+    """
     definition, unit = _find(key)
     if definition is INTRANSIGENCE:
         return None
     scale: Scale = "loss" if definition.scale == "loss" else "change"
     shown = shown_as(definition.scale, unit, difference=True)
-    seeds = [r.folder.info.seed for r in ours]
-    if len(ours) > 1 and sorted(seeds) == sorted(r.folder.info.seed for r in plain):
-        pairs = [(r, _twin(r, plain)) for r in ours]
-        gaps = [raw(r, definition, unit)[0] - raw(p, definition, unit)[0] for r, p in pairs if p]
+    twins = {_pairing(run): run for run in theirs}
+    pairs = [(run, twins[_pairing(run)]) for run in ours if _pairing(run) in twins]
+    if len(pairs) > 1:
+        gaps = [raw(r, definition, unit)[0] - raw(t, definition, unit)[0] for r, t in pairs]
         estimate = over_seeds([None if np.isnan(gap) else gap for gap in gaps])
-        return convert(estimate, scale, shown)
+        return convert(estimate, scale, shown) if estimate.value is not None else None
     value, draws = _mean_run(ours, definition, unit)
-    other, other_draws = _mean_run(plain, definition, unit)
+    other, other_draws = _mean_run(theirs, definition, unit)
     if np.isnan(value - other):
         return None
     return convert(with_interval(value - other, draws - other_draws, len(ours)), scale, shown)

@@ -12,6 +12,7 @@
     ├── watch.jsonl            what was seen while tasks were learned, and what was done about it
     ├── budget/002.json        the steps tried after the second task, and the one taken
     ├── report.html
+    ├── error.txt              why the run ended, where it was one of a comparison and failed
     └── state/                 weights and method state after the last tasks, each with its hashes
 
 Each file is written once, whole, to a temporary name, synced and renamed: a process killed at any

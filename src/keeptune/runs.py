@@ -20,6 +20,7 @@ import transformers
 from keeptune.chain import Chain
 from keeptune.disk import locked, write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
+from keeptune.failures import clear_failure
 from keeptune.folder import (
     DataInfo,
     Kind,
@@ -78,6 +79,7 @@ def run(
     if existing is not None:
         _same_data(existing, session)
     with _alone(folder.path):
+        clear_failure(folder.path)
         folder.add_phase(Phase(phase="load", seconds=time.monotonic() - started))
         if row_0 is not None:
             take_row_0(folder, row_0)

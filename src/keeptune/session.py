@@ -187,20 +187,7 @@ def read_plan(recipe: Recipe) -> Plan:
     Raises:
         KeeptuneError: With every problem found, one line each.
     """
-    problems = Problems()
-    with problems.collect():
-        check_recipe(recipe)
-    tasks: list[Task] = []
-    for number, task in enumerate(recipe.tasks):
-        with problems.collect():
-            tasks.append(read_task(task, where=recipe.where("tasks", number)))
-    guards: list[Guard] = []
-    for number, guard in enumerate(recipe.guards):
-        with problems.collect():
-            guards.extend(read_guard(guard, where=recipe.where("guards", number)))
-    with problems.collect():
-        _check_shapes(recipe, tasks)
-    problems.raise_all()
+    tasks, guards = read_sources(recipe)
     labels = class_names(recipe.labels, tasks) if recipe.kind == "classification" else []
     loaded = load(recipe.model, labels=labels, trust_remote_code=recipe.trust_remote_code)
     return Plan(
@@ -221,6 +208,29 @@ def read_plan(recipe: Recipe) -> Plan:
         watch=recipe.watch,
         budget=recipe.budget,
     )
+
+
+def read_sources(recipe: Recipe) -> tuple[list[Task], list[Guard]]:
+    """Check a recipe and read the data it names; no model is loaded.
+
+    Raises:
+        KeeptuneError: With every problem found, one line each.
+    """
+    problems = Problems()
+    with problems.collect():
+        check_recipe(recipe)
+    tasks: list[Task] = []
+    for number, task in enumerate(recipe.tasks):
+        with problems.collect():
+            tasks.append(read_task(task, where=recipe.where("tasks", number)))
+    guards: list[Guard] = []
+    for number, guard in enumerate(recipe.guards):
+        with problems.collect():
+            guards.extend(read_guard(guard, where=recipe.where("guards", number)))
+    with problems.collect():
+        _check_shapes(recipe, tasks)
+    problems.raise_all()
+    return tasks, guards
 
 
 def read_task(spec: TaskRecipe, *, where: str) -> Task:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from keeptune.checks import Finding
+    from keeptune.comparison import Group as Comparable
     from keeptune.forgetting import Forgotten
     from keeptune.intervals import Estimate
     from keeptune.method import Method
@@ -112,6 +113,46 @@ def scores_table(summary: Summary) -> Table:
         table.add_row(Text(track.name), ends[0], "", ends[1], change)
     table.caption = "95 % intervals in brackets; plain numbers are perplexities, lower is better"
     return table
+
+
+def comparison_table(groups: Sequence[Comparable]) -> Table:
+    """One line a strategy: what it learned and kept, with 95 % intervals, and what it took."""
+    from keeptune.progress import duration
+
+    shown = [key for key in _COMPARED if any(_known(group, key) for group in groups)]
+    table = _table("strategy", "runs", *(_COMPARED[key] for key in shown), "training")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group in groups:
+        cells = [_metric_text(group, key) for key in shown]
+        runs = str(len(group.results))
+        table.add_row(Text(group.label), runs, *cells, duration(group.training_seconds))
+    table.caption = "95 % intervals in brackets"
+    return table
+
+
+_COMPARED = {
+    "learning_gain": "learned",
+    "learning_gain_perplexity": "perplexity, learned",
+    "guard_kept": "guards kept",
+    "guard_change_perplexity": "perplexity of guards",
+    "backward_transfer": "earlier tasks",
+    "backward_transfer_perplexity": "perplexity, earlier tasks",
+}
+
+
+def _known(group: Comparable, key: str) -> bool:
+    metric = group.metric(key)
+    return metric is not None and metric.estimate.value is not None
+
+
+def _metric_text(group: Comparable, key: str) -> str:
+    metric = group.metric(key)
+    if metric is None:
+        return "–"
+    if metric.shown == "share":
+        return score_text(metric.estimate, "share")
+    return change_text(metric.estimate, "share" if metric.shown == "points" else "perplexity")
 
 
 def findings_text(findings: Sequence[Finding]) -> Text:

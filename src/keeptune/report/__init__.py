@@ -16,6 +16,7 @@ from keeptune.checks import Finding, run_checks
 from keeptune.comparison import Group, compare
 from keeptune.disk import write_atomic
 from keeptune.errors import FolderError
+from keeptune.failures import failure
 from keeptune.folder import RunFolder
 from keeptune.report.flips import cut
 from keeptune.report.several import ComparisonView, comparison_view
@@ -35,10 +36,11 @@ class Page:
         title: For the browser's tab.
         main: The run that the headline is about.
         headline: Sentences.
-        groups: All runs, seeds together.
+        groups: All runs that did not fail, seeds and orders together.
         comparison: What stands on top where there are several groups.
         runs: The runs shown in full, one of each group.
         findings: What the checks found.
+        failed: Names of runs that failed, and why.
         warnings: What the runs themselves warned of.
         several_seeds: Whether intervals are over seeds somewhere.
     """
@@ -50,6 +52,7 @@ class Page:
     comparison: ComparisonView | None
     runs: list[RunView]
     findings: list[Finding]
+    failed: list[tuple[str, str]]
     warnings: list[str]
     several_seeds: bool
 
@@ -58,7 +61,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of one run, or of several side by side, and say where it is.
 
     Args:
-        folders: Run folders; the run must not be finished.
+        folders: Run folders; a run need not be finished, and may have failed.
         out: The page; default report.html in the run folder, for several folders comparison.html
             beside the first one.
 
@@ -80,7 +83,7 @@ def render(folders: Sequence[Path]) -> str:
     """The page as text.
 
     Raises:
-        FolderError: A folder is not a run, is damaged or given twice, or none is given.
+        FolderError: A folder is not a run, is damaged or given twice, or all runs failed.
     """
     if not folders:
         raise FolderError("No run folder is given: name at least one.")
@@ -90,10 +93,14 @@ def render(folders: Sequence[Path]) -> str:
 
 
 def _page(folders: Sequence[Path]) -> Page:
-    opened = [RunFolder(folder) for folder in folders]
+    failed = [(Path(f), said) for f in folders if (said := failure(Path(f))) is not None]
+    bad = [path for path, _ in failed]
+    opened = [RunFolder(folder) for folder in folders if Path(folder) not in bad]
+    if not opened:
+        raise FolderError(f"All of these runs failed; {bad[0].name}: {failed[0][1]}")
     groups = compare(opened)
     plain = next((g for g in groups if g.is_plain), None)
-    main = next((g for g in groups if not g.is_plain and not _is_joint(g)), groups[0])
+    main = next((g for g in groups if not g.is_plain and not g.is_joint), groups[0])
     findings = run_checks(*opened)
     shown = max(3, MOST_FLIPS // max(1, len(groups) - 1))
     return Page(
@@ -101,16 +108,13 @@ def _page(folders: Sequence[Path]) -> Page:
         main=main.label,
         headline=headline(main, plain),
         groups=groups,
-        comparison=comparison_view(groups) if len(groups) > 1 else None,
+        comparison=comparison_view(groups, failed) if len(groups) > 1 or failed else None,
         runs=[run_view(g, i, shown) for i, g in enumerate(groups)],
         findings=findings,
+        failed=[(path.name, said) for path, said in failed],
         warnings=list(dict.fromkeys(w for f in opened for w in f.info.warnings)),
         several_seeds=any(len(g.results) > 1 for g in groups),
     )
-
-
-def _is_joint(group: Group) -> bool:
-    return any(m.name == "joint" for m in group.results[0].folder.info.methods)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,45 +140,79 @@ class Spot:
         style: Its CSS class.
         x: Along.
         y: Up.
+        size: What its area stands for.
+        radius: In pixels.
         shift: Pixels its label is moved so that no two overlap.
+        is_front: Whether no other run beats it.
     """
 
     label: str
     style: str
     x: Mark
     y: Mark
+    size: float
+    radius: float
     shift: int
+    is_front: bool
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Runs by two numbers."""
+    """Runs by two numbers.
+
+    Attributes:
+        x_axis: Along.
+        y_axis: Up.
+        x_title: What goes along.
+        y_title: What goes up.
+        spots: The runs.
+        front: Corners of the line that no run lies beyond, as SVG points from the top left.
+    """
 
     x_axis: Axis
     y_axis: Axis
     x_title: str
     y_title: str
     spots: list[Spot]
+    front: str
+
+
+LARGEST, SMALLEST = 15.0, 4.0
 
 
 def scatter(
-    runs: Sequence[tuple[str, str, Estimate, Estimate]],
+    runs: Sequence[tuple[str, str, Estimate, Estimate, float]],
     x: tuple[Shown, str],
     y: tuple[Shown, str],
+    front: Collection[int] = (),
 ) -> Scatter:
     """Place runs by two numbers.
 
     Args:
-        runs: Label, style, and what goes along and up.
+        runs: Label, style, what goes along and up, and what the area stands for.
         x: Unit and title of what goes along; the axis holds 0.
         y: Unit and title of what goes up; the axis holds "nothing lost".
+        front: Positions of the runs that no other one beats.
     """
     x_axis = fitted_axis(x[0], [run[2] for run in runs], 0.0)
     y_axis = fitted_axis(y[0], [run[3] for run in runs], 1.0 if y[0] == "share" else 0.0)
+    most = max(run[4] for run in runs) or 1.0
     spots: list[Spot] = []
-    for label, style, along, up in runs:
+    for position, (label, style, along, up, size) in enumerate(runs):
         at_x, at_y = mark(along, x_axis), mark(up, y_axis)
         if at_x and at_y:
             near = [s for s in spots if abs(s.y.at - at_y.at) < 7 and abs(s.x.at - at_x.at) < 35]
-            spots.append(Spot(label, style, at_x, at_y, 18 * len(near)))
-    return Scatter(x_axis, y_axis, x[1], y[1], spots)
+            radius = round(max(LARGEST * math.sqrt(size / most), SMALLEST), 1)
+            first = position in front
+            spots.append(Spot(label, style, at_x, at_y, size, radius, 18 * len(near), first))
+    return Scatter(x_axis, y_axis, x[1], y[1], spots, _stairs(spots))
+
+
+def _stairs(spots: Sequence[Spot]) -> str:
+    corners = sorted({(s.x.at, s.y.at) for s in spots if s.is_front})
+    if not corners:
+        return ""
+    points = [(0.0, corners[0][1])]
+    for (x, y), after in zip(corners, [*corners[1:], (0.0, 0.0)], strict=True):
+        points += [(x, y), (x, after[1])]
+    return " ".join(f"{x},{round(100 - y, 2)}" for x, y in points)

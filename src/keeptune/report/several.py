@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from keeptune.comparison import Group
 from keeptune.intervals import Estimate, over_seeds
+from keeptune.ranking import front
 from keeptune.report.axes import DotPlot, DotRow, Lane, Scatter, axis_for, mark, scatter
+from keeptune.report.standing import RunRow, Standing, run_rows, standing
 from keeptune.tracks import Track
-from keeptune.units import UNITS, Shown
+from keeptune.units import UNITS, Shown, shown_as
 from keeptune.wording import estimate_text, unit_of
 
 COLUMNS = (
@@ -38,13 +41,27 @@ class ComparisonCell:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One group in the table; `style` is its colour."""
+    """One group in the table; `style` is its colour, `runs` says how many runs it has."""
 
     group: Group
     style: str
+    runs: str
     cells: list[ComparisonCell]
     seconds: float
+    training: float
     peak_memory: int
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One task in one group: when learned, at the end, and the change between."""
+
+    task: str
+    label: str
+    style: str
+    learned: str
+    after: str
+    change: str
 
 
 @dataclass(frozen=True)
@@ -55,19 +72,34 @@ class ComparisonView:
         columns: Titles of the metrics in the table.
         rows: One a group.
         scatter: Learned against kept; None where no two groups have both.
+        standing: Ranks and tests.
         ends: Where each task and guard ended in each group, one plot a unit.
+        tasks: Each task in each group.
+        runs: Every run.
+        several_orders: Whether some group has its tasks in several orders.
         has_plain: Whether differences to plain fine-tuning are shown.
     """
 
     columns: list[str]
     rows: list[ComparisonRow]
     scatter: Scatter | None
+    standing: Standing
     ends: list[DotPlot]
+    tasks: list[TaskRow]
+    runs: list[RunRow]
+    several_orders: bool
     has_plain: bool
 
 
-def comparison_view(groups: Sequence[Group]) -> ComparisonView:
-    """Everything that the runs have in common, side by side."""
+def comparison_view(
+    groups: Sequence[Group], failed: Sequence[tuple[Path, str]] = ()
+) -> ComparisonView:
+    """Everything that the runs have in common, side by side.
+
+    Args:
+        groups: The finished runs.
+        failed: Folders of runs that failed, and why.
+    """
     styles = _styles(groups)
     first = {m.key: m for g in groups for m in reversed(g.metrics)}
     keys = [k for k in COLUMNS if any(_value(g, k) is not None for g in groups)]
@@ -77,14 +109,30 @@ def comparison_view(groups: Sequence[Group]) -> ComparisonView:
         seconds = sum(p.seconds for c in costs for p in c.phases) / len(costs)
         cells = [_cell(group, key) for key in keys]
         memory = max(c.peak_memory_bytes for c in costs)
-        rows.append(ComparisonRow(group, style, cells, seconds, memory))
+        training = group.training_seconds
+        rows.append(ComparisonRow(group, style, _runs(group), cells, seconds, training, memory))
+    figure = _scatter(groups, styles)
     return ComparisonView(
         columns=[first[key].title for key in keys],
         rows=rows,
-        scatter=_scatter(groups, styles),
+        scatter=figure,
+        standing=standing(groups, styles, figure),
         ends=[plot for unit in UNITS if (plot := _ends(groups, styles, unit))],
+        tasks=_tasks(groups, styles),
+        runs=run_rows(groups, failed),
+        several_orders=any(len(g.orders) > 1 for g in groups),
         has_plain=any(g.differences for g in groups),
     )
+
+
+def _runs(group: Group) -> str:
+    """`3 seeds`, `3 seeds, 2 orders`, or "" for a single run."""
+    counts = [(len(group.seeds), "seed"), (len(group.orders), "order")]
+    words = [f"{n} {word}s" for n, word in counts if n > 1]
+    runs = len(group.results)
+    if runs != len(group.seeds) * len(group.orders):
+        words.append(f"{runs} runs")
+    return ", ".join(words)
 
 
 def _styles(groups: Sequence[Group]) -> list[str]:
@@ -117,15 +165,43 @@ def _scatter(groups: Sequence[Group], styles: Sequence[str]) -> Scatter | None:
         ("backward_transfer", "Change of earlier tasks, points", "points"),
     ):
         pairs = [
-            (g.label, s, x.estimate, y.estimate)
+            (g, (g.label, s, x.estimate, y.estimate, g.training_seconds))
             for g, s in zip(groups, styles, strict=True)
             if (x := g.metric("learning_gain")) and (y := g.metric(key))
             if x.estimate.value is not None and y.estimate.value is not None
         ]
         if len(pairs) > 1:
             unit: Shown = "share" if shown == "share" else "points"
-            return scatter(pairs, learned, (unit, title))
+            ranked = [i for i, (group, _) in enumerate(pairs) if not group.is_joint]
+            points = [(spot[2].value or 0.0, spot[3].value or 0.0) for _, spot in pairs]
+            best = {ranked[i] for i in front([points[i] for i in ranked])}
+            return scatter([spot for _, spot in pairs], learned, (unit, title), best)
     return None
+
+
+def _tasks(groups: Sequence[Group], styles: Sequence[str]) -> list[TaskRow]:
+    names = list(dict.fromkeys(t.name for g in groups for t in g.summaries[0].tasks))
+    rows = []
+    for name in names:
+        for group, style in zip(groups, styles, strict=True):
+            tracks = [t for s in group.summaries for t in s.tasks if t.name == name]
+            if not tracks:
+                continue
+            unit = tracks[0].unit
+            learned = _mean([t.learned for t in tracks])
+            change = _mean([t.change for t in tracks])
+            texts = [estimate_text(e, unit) for e in (learned, _mean([t.after for t in tracks]))]
+            texts.append(estimate_text(change, shown_as("change", unit)))
+            rows.append(TaskRow(name, group.label, style, *texts))
+    return rows
+
+
+def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    """Of one run its own; of several, the mean over them."""
+    found = [e for e in estimates if e is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return over_seeds([e.value for e in found])
 
 
 def _ends(groups: Sequence[Group], styles: Sequence[str], unit: str) -> DotPlot | None:
@@ -155,10 +231,8 @@ def _ends(groups: Sequence[Group], styles: Sequence[str], unit: str) -> DotPlot 
 
 def _track(group: Group, kind: str, name: str, when: str) -> Estimate | None:
     """A task's or guard's score in a group: of its one run, or the mean over seeds."""
-    found: list[Estimate] = []
+    found: list[Estimate | None] = []
     for summary in group.summaries:
         tracks: list[Track] = summary.tasks if kind == "task" else summary.guards
         found += [t.before if when == "before" else t.after for t in tracks if t.name == name]
-    if not found:
-        return None
-    return found[0] if len(found) == 1 else over_seeds([e.value for e in found])
+    return _mean(found)
