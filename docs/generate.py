@@ -24,6 +24,7 @@ from keeptune import (
     metrics,
     recipe,
     recipe_parts,
+    records,
     registry,
     rows,
     scorers,
@@ -270,22 +271,22 @@ def folder_page() -> str:
     tree = re.search(r"\n\n(    RUN/.*?)\n\n", folder.__doc__ or "", re.S)
     assert tree is not None
     parts = [f"```text\n{inspect.cleandoc(tree[1])}\n```\n"]
-    records = {
-        "run.json": folder.RunInfo,
-        "run.json: tasks and guards": folder.DataInfo,
-        "run.json: methods": folder.MethodInfo,
-        "rows/TTT/task-III.json and guard-III.json": folder.Cell,
-        "an example of a cell": folder.Example,
-        "evidence/TTT.json": folder.TaskEvidence,
-        "evidence of one method": folder.Evidence,
+    shown = {
+        "run.json": records.RunInfo,
+        "run.json: tasks and guards": records.DataInfo,
+        "run.json: methods": records.MethodInfo,
+        "rows/TTT/task-III.json and guard-III.json": records.Cell,
+        "an example of a cell": records.Example,
+        "evidence/TTT.json": records.TaskEvidence,
+        "evidence of one method": records.Evidence,
         "watch.jsonl": watchlog.Look,
         "budget/TTT.json": watchlog.Frontier,
         "one step of budget/TTT.json": watchlog.Tried,
         "a point of watch.jsonl or budget/TTT.json": watchlog.Point,
-        "cost.json": folder.Cost,
-        "a phase of cost.json": folder.Phase,
+        "cost.json": records.Cost,
+        "a phase of cost.json": records.Phase,
     }
-    for title, record in records.items():
+    for title, record in shown.items():
         doc = inspect.getdoc(record) or ""
         said = " ".join(doc.partition("\n\n")[0].split())
         meanings = attributes(doc)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from keeptune.folder import (
+from keeptune.folder import RunFolder
+from keeptune.records import (
     Cell,
     Cost,
     DataInfo,
@@ -17,7 +18,6 @@ from keeptune.folder import (
     Example,
     MethodInfo,
     Phase,
-    RunFolder,
     RunInfo,
     TaskEvidence,
     Unit,

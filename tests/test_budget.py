@@ -16,11 +16,11 @@ from keeptune import budget, steering, watchlog
 from keeptune.budget import Between, largest_step, put, snapshot
 from keeptune.checks import run_checks
 from keeptune.errors import RecipeError
-from keeptune.folder import Example
 from keeptune.intervals import paired_change
 from keeptune.lines import Probe
 from keeptune.notebook import fit
 from keeptune.recipe import parse_recipe
+from keeptune.records import Example
 from keeptune.runs import run
 from keeptune.watchlog import Frontier, Tried
 

@@ -4,7 +4,8 @@ import pytest
 
 import runs
 from keeptune.checks import CHECKS, COMPARISONS, run_checks
-from keeptune.folder import Evidence, RunFolder, TaskEvidence
+from keeptune.folder import RunFolder
+from keeptune.records import Evidence, TaskEvidence
 
 NAN = float("nan")
 

@@ -9,7 +9,8 @@ import pytest
 
 import runs
 from keeptune.conflicts import Conflict, conflicts
-from keeptune.folder import Cell, Example, RunFolder
+from keeptune.folder import RunFolder
+from keeptune.records import Cell, Example
 from keeptune.report import render
 from keeptune.results import load
 

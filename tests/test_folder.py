@@ -11,7 +11,8 @@ import pytest
 import runs
 from keeptune.disk import new_folder, verify, write_atomic
 from keeptune.errors import FolderError
-from keeptune.folder import Cell, Cost, Evidence, Phase, RunFolder, TaskEvidence
+from keeptune.folder import RunFolder
+from keeptune.records import Cell, Cost, Evidence, Phase, TaskEvidence
 
 
 def leftovers(path):

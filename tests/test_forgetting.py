@@ -19,12 +19,13 @@ from keeptune.chain import Chain
 from keeptune.cli import app
 from keeptune.disk import finish_replacing, locked, new_folder, verify
 from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError
-from keeptune.folder import Cell, Example, Routes, RunFolder
+from keeptune.folder import RunFolder
 from keeptune.forgetting import FORGOTTEN, forget
 from keeptune.method import Method
 from keeptune.methods.gem import GEM
 from keeptune.methods.replay import Replay
 from keeptune.recipe import parse_recipe
+from keeptune.records import Cell, Example, Routes
 from keeptune.rows import Shape
 from keeptune.runs import learn
 from keeptune.runs import run as run_recipe

@@ -17,7 +17,7 @@ SOURCE = Path(keeptune.__file__).parent
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors"}
 # What answers at once: command line, recipes, results and the report on them.
 LIGHT = (
-    "errors", "folder", "recipe", "rows", "scorers", "stream", "progress",
+    "errors", "folder", "records", "recipe", "rows", "scorers", "stream", "progress",
     "metrics", "checks", "report", "cli", "terminal", "ranking", "failures", "jobs", "board",
     "engines", "engines.local",
 )  # fmt: skip

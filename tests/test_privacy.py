@@ -16,7 +16,6 @@ import pico
 import traces
 from keeptune import registry, report, session
 from keeptune.errors import MethodError, RecipeError
-from keeptune.folder import Example
 from keeptune.loop import Loop
 from keeptune.method import Context, Method, State
 from keeptune.methods.ewc import EWC
@@ -29,6 +28,7 @@ from keeptune.privacy import refusal, without_text
 from keeptune.progress import Silent
 from keeptune.recipe import check_recipe, parse_recipe
 from keeptune.recipe_checks import check_methods
+from keeptune.records import Example
 
 KEEPING = sorted(n for n in registry.names() if "buffer" in registry.get(n).traits)
 TRAINER = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01}

@@ -7,7 +7,7 @@ import pytest
 
 import runs
 from keeptune.errors import FolderError
-from keeptune.folder import Routes
+from keeptune.records import Routes
 from keeptune.report import render, write
 
 SCRIPT = "<script>alert(1)</script>"

@@ -16,11 +16,12 @@ import pico
 from keeptune import steering, trainers, watchlog
 from keeptune.checks import run_checks
 from keeptune.errors import RecipeError
-from keeptune.folder import Example, RunFolder
+from keeptune.folder import RunFolder
 from keeptune.lines import Probe
 from keeptune.methods.ewc import EWC
 from keeptune.progress import Silent
 from keeptune.recipe import Recipe, parse_recipe
+from keeptune.records import Example
 from keeptune.runs import run
 
 TRAINER = {

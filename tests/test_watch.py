@@ -11,10 +11,11 @@ import pytest
 import runs
 from keeptune import lines, watchlog
 from keeptune.errors import RecipeError
-from keeptune.folder import Example, RunFolder
+from keeptune.folder import RunFolder
 from keeptune.guard import Guard
 from keeptune.lines import Earlier, Probe
 from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
+from keeptune.records import Example
 from keeptune.rows import read_rows
 from keeptune.stream import Task, TaskStream
 from keeptune.watch import Pace, Watch

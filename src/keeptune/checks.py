@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 
 from keeptune.comparison import recipe_key
-from keeptune.folder import DataInfo, RunFolder
+from keeptune.folder import RunFolder
+from keeptune.records import DataInfo
 from keeptune.results import load
 from keeptune.tracks import task_track
 from keeptune.units import shown_as

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from keeptune.errors import FolderError
-from keeptune.folder import RunFolder, Unit
+from keeptune.folder import RunFolder
 from keeptune.intervals import Array, Estimate, over_seeds, with_interval
 from keeptune.metrics import (
     DEFINITIONS,
@@ -21,6 +21,7 @@ from keeptune.metrics import (
     raw,
     summarise_results,
 )
+from keeptune.records import Unit
 from keeptune.results import Results, load
 from keeptune.units import UNITS, Scale, convert, shown_as
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keeptune.folder import Cell, Example
 from keeptune.intervals import Array, Estimate, generator, resample, with_interval
+from keeptune.records import Cell, Example
 from keeptune.results import Column, Results
 
 RIGHT = 0.5  # a score from which on an answer counts as given

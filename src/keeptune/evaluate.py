@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from keeptune.errors import DataError, ModelError
-from keeptune.folder import Example
 from keeptune.likelihood import (
     NO_LIMIT,
     base_model,
@@ -31,6 +30,7 @@ from keeptune.likelihood import (
 )
 from keeptune.method import IGNORED, Ids
 from keeptune.processes import gathered, processes
+from keeptune.records import Example
 from keeptune.rows import Rows, Shape, answer, as_text, label_id, options, question
 from keeptune.scorers import check_score, text_score
 from keeptune.tokens import (

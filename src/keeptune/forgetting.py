@@ -27,9 +27,10 @@ from keeptune.disk import (
     write_atomic,
 )
 from keeptune.errors import RecipeError, suggest
-from keeptune.folder import Cell, Example, Kind, RunFolder
+from keeptune.folder import RunFolder
 from keeptune.method import State
 from keeptune.recipe import load_recipe
+from keeptune.records import Cell, Example, Kind
 from keeptune.runs import refuse_objects
 from keeptune.where import Where, parse
 

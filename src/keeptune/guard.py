@@ -7,8 +7,8 @@ from pathlib import Path
 
 from keeptune import guards as ready_made
 from keeptune.errors import RecipeError
-from keeptune.folder import Unit
 from keeptune.recipe_parts import LmEvalGuard, RowsGuard, TextGuard
+from keeptune.records import Unit
 from keeptune.rows import Rows, read_rows
 from keeptune.scorers import DEFAULTS, check_score, unit
 

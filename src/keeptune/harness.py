@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from keeptune.errors import DataError
-from keeptune.folder import Example
+from keeptune.records import Example
 
 if TYPE_CHECKING:
     from keeptune.guard import Guard

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from keeptune.errors import RecipeError, suggest
-from keeptune.folder import Example, Kind, RunFolder, Unit
+from keeptune.folder import RunFolder
 from keeptune.guard import Guard
 from keeptune.guards import GROUPS
 from keeptune.intervals import Array, Bounds, generator, paired_change
 from keeptune.privacy import without_text
 from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
+from keeptune.records import Example, Kind, Unit
 from keeptune.rows import Rows
 from keeptune.scorers import cell_score
 from keeptune.stream import Task, TaskStream

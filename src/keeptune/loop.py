@@ -27,16 +27,7 @@ from torch.distributed.tensor import DTensor
 from keeptune import state
 from keeptune.disk import finish_replacing, verify
 from keeptune.errors import FolderError, TrainingError
-from keeptune.folder import (
-    Cell,
-    Evidence,
-    Example,
-    Kind,
-    Phase,
-    Routes,
-    RunFolder,
-    TaskEvidence,
-)
+from keeptune.folder import RunFolder
 from keeptune.guard import Guard
 from keeptune.harness import score_lm_eval
 from keeptune.machine import peak_memory, translated
@@ -44,6 +35,7 @@ from keeptune.method import Context
 from keeptune.privacy import without_text
 from keeptune.processes import first_says, gathered, is_first, processes
 from keeptune.progress import Progress
+from keeptune.records import Cell, Evidence, Example, Kind, Phase, Routes, TaskEvidence
 from keeptune.scorers import cell_score
 from keeptune.serving import Prompts, routes, score_served
 from keeptune.session import Session

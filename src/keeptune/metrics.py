@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from keeptune import formulas
-from keeptune.folder import RunFolder, Unit
+from keeptune.folder import RunFolder
 from keeptune.intervals import Array, Estimate, with_interval
+from keeptune.records import Unit
 from keeptune.results import Kind, Results, load
 from keeptune.tracks import Track, guard_track, task_track
 from keeptune.units import UNITS, Scale, Shown, convert, shown_as

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
-from keeptune.folder import Example
+from keeptune.records import Example
 
 if TYPE_CHECKING:
     from keeptune.method import Method

@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from keeptune.folder import Cell, DataInfo, RunFolder, Unit
+from keeptune.folder import RunFolder
 from keeptune.intervals import DRAWS, Array, binomial, generator, resample
+from keeptune.records import Cell, DataInfo, Unit
 
 Kind = Literal["task", "guard"]
 

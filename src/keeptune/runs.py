@@ -21,20 +21,13 @@ from keeptune.chain import Chain
 from keeptune.disk import locked, write_atomic
 from keeptune.errors import DataError, FolderError, RecipeError
 from keeptune.failures import clear_failure
-from keeptune.folder import (
-    DataInfo,
-    Kind,
-    Phase,
-    ReadOnlyFolder,
-    RunFolder,
-    RunInfo,
-    refuse_full,
-)
+from keeptune.folder import ReadOnlyFolder, RunFolder, refuse_full
 from keeptune.loop import Loop
 from keeptune.machine import provenance
 from keeptune.processes import first_says, is_first, launched
 from keeptune.progress import Progress, Silent
 from keeptune.recipe import Recipe, dump, load_recipe, parse_recipe, resolve
+from keeptune.records import DataInfo, Kind, Phase, RunInfo
 from keeptune.session import Session, open_session, read_plan
 
 OBJECT = "object"  # the source of a model that was given as an object

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from keeptune.errors import DataError, suggest
-from keeptune.folder import Example, Unit
+from keeptune.records import Example, Unit
 from keeptune.rows import Row, Rows, Shape, answer, options
 
 TextScore = Callable[[str, Row], float]

@@ -9,9 +9,9 @@ from typing import Any
 
 from keeptune.chain import Chain
 from keeptune.evaluate import score_rows
-from keeptune.folder import Example
 from keeptune.likelihood import context_length
 from keeptune.method import Context, Ids
+from keeptune.records import Example
 from keeptune.rows import Rows, Shape
 from keeptune.session import Session
 from keeptune.tokens import cut_left, encode, prompt_ids

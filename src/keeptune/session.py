@@ -17,7 +17,6 @@ from torch import nn
 from keeptune import registry, steering, tokens
 from keeptune.chain import Chain
 from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
-from keeptune.folder import DataInfo, MethodInfo
 from keeptune.guard import Guard, read_guard
 from keeptune.likelihood import context_length
 from keeptune.method import Context, Method
@@ -26,6 +25,7 @@ from keeptune.privacy import Privacy, refusal
 from keeptune.recipe import Recipe
 from keeptune.recipe_checks import check_recipe, peft_settings
 from keeptune.recipe_parts import BudgetRecipe, TaskRecipe, WatchRecipe
+from keeptune.records import DataInfo, MethodInfo
 from keeptune.rows import Shape, leaked, read_rows
 from keeptune.stream import Task, TaskStream
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer

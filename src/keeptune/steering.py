@@ -23,12 +23,13 @@ from keeptune import lines, state, watchlog
 from keeptune.budget import TRIES, Between, largest_step, put, snapshot
 from keeptune.errors import RecipeError
 from keeptune.evaluate import score_rows
-from keeptune.folder import Example, Phase, RunFolder
+from keeptune.folder import RunFolder
 from keeptune.intervals import Bounds
 from keeptune.lines import Earlier, Line, Probe
 from keeptune.method import Context, Method
 from keeptune.processes import launched
 from keeptune.progress import Progress
+from keeptune.records import Example, Phase
 from keeptune.watch import Clock, Watch
 from keeptune.watchlog import Frontier, Look, Tried
 from keeptune.wording import number, unit_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from keeptune.errors import RecipeError
-from keeptune.folder import Unit
+from keeptune.records import Unit
 from keeptune.rows import Rows, Shape, leaked
 from keeptune.scorers import DEFAULTS, check_score, unit
 

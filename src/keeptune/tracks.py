@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keeptune.folder import Unit
 from keeptune.formulas import share_kept
 from keeptune.intervals import Estimate, with_interval
+from keeptune.records import Unit
 from keeptune.results import Column
 from keeptune.units import convert, shown_as
 

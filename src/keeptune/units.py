@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from keeptune.folder import Unit
 from keeptune.intervals import Estimate
+from keeptune.records import Unit
 
 Scale = Literal["level", "change", "loss", "ratio"]
 Shown = Literal["share", "points", "perplexity", "relative"]

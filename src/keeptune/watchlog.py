@@ -14,7 +14,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from keeptune.disk import write_atomic
-from keeptune.folder import RunFolder, Unit
+from keeptune.folder import RunFolder
+from keeptune.records import Unit
 
 FILE = "watch.jsonl"
 Role = Literal["learning", "task", "guard"]

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from keeptune.errors import RecipeError, suggest
-from keeptune.folder import Example
 from keeptune.method import IGNORED
+from keeptune.records import Example
 from keeptune.rows import Rows, answer, as_text, question, read_rows
 from keeptune.tokens import encode
 

@@ -26,9 +26,10 @@ from keeptune.cards import CARD_KEYS, card
 from keeptune.chain import Chain
 from keeptune.checks import CHECKS
 from keeptune.errors import MethodError
-from keeptune.folder import Evidence, MethodInfo, RunFolder, TaskEvidence
+from keeptune.folder import RunFolder
 from keeptune.method import Context, Method
 from keeptune.recipe import load_recipe
+from keeptune.records import Evidence, MethodInfo, TaskEvidence
 from partners import Merger, Shrink
 from stage import Subject
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keeptune.folder import RunFolder, Unit
+from keeptune.folder import RunFolder
+from keeptune.records import Unit
 from keeptune.report.axes import Axis, axis_for, mark
 from keeptune.results import Column, Results
 from keeptune.tracks import level

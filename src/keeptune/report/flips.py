@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keeptune.folder import Example
+from keeptune.records import Example
 from keeptune.results import Column, Results
 
 RIGHT = 0.5

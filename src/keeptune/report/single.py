@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from keeptune.comparison import Group
-from keeptune.folder import RunFolder, RunInfo
+from keeptune.folder import RunFolder
 from keeptune.metrics import Metric, Summary
+from keeptune.records import RunInfo
 from keeptune.report.axes import Axis, DotPlot, DotRow, Lane, Mark, axis_for, mark
 from keeptune.report.contradictions import Contradiction, contradictions
 from keeptune.report.figures import HeatCell, LossCurve, Panel, heat_map, loss_curve, panels
