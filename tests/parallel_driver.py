@@ -243,6 +243,8 @@ CASES = {
 }
 
 
+# Stopped in the middle of a task, and taken up again: what keeps shards, and what keeps weights.
+BROKEN = ("spring", "wise", "joint")
 # What FSDP cannot do, and how the refusal begins.
 REFUSED = {
     "task_lora": "The methods task_lora add weights to a model that FSDP",
@@ -327,7 +329,8 @@ def outcome(trainer: TextTrainer) -> Tensors:
     assert trainer.ctx is not None
     kept = {f"weights/{n}": whole(local(p), spec_of(p)) for n, p in trained(trainer).items()}
     for method in trainer.strategy:
-        kept |= {f"{method.name()}/{n}": t for n, t in method.state().tensors.items()}
+        own = method.state().tensors
+        kept |= {f"{method.name()}/{n}": whole(local(t), spec_of(t)) for n, t in own.items()}
     return {n: t.detach().clone() for n, t in kept.items()}
 
 
@@ -379,9 +382,10 @@ def main(rank: int, meeting: str, folder: Path) -> None:
             if PLACES[place].processes > 1:
                 found = run(case, PLACES[place], folder)
                 save_file(found, folder / f"{name}.{place}.{rank}.safetensors")
-    for place in ("ddp", "fsdp"):
-        found = run_with_a_break(CASES["spring"], PLACES[place], folder / place)
-        save_file(found, folder / f"break.{place}.{rank}.safetensors")
+    for name in BROKEN:
+        for place in ("ddp", "fsdp"):
+            found = run_with_a_break(CASES[name], PLACES[place], folder / name / place)
+            save_file(found, folder / f"break.{name}.{place}.{rank}.safetensors")
     for name in REFUSED:
         try:
             run(CASES[name], PLACES["fsdp"], folder)

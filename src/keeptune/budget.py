@@ -10,12 +10,14 @@ WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903) with a step tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from keeptune.intervals import Bounds
+from keeptune.lines import Line, Scorer, halves, point
 from keeptune.methods._factors import mix_factors
 from keeptune.watchlog import Tried
 
@@ -50,6 +52,53 @@ def largest_step(measure: Measure) -> tuple[float, list[Tried]]:
             return step, tried
         step /= 2
     return 0.0, tried
+
+
+def find_step(
+    move: Callable[[float], None],
+    chosen: Sequence[Line],
+    score: Scorer,
+    before: Scorer,
+    *,
+    confidence: float,
+    seed: int,
+    tick: Callable[[int], None],
+) -> tuple[float, list[Tried]]:
+    """The largest step whose loss is surely inside what the lines allow; it is taken.
+
+    Args:
+        move: Sets the model to a step, 0 to 1.
+        chosen: What is held, and how far each may fall.
+        score: Scores rows with what the model is now.
+        before: Knows what they scored before.
+        confidence: How sure it must be.
+        seed: Divides the rows into those that find a step and those that confirm it.
+        tick: Called with the number of trials so far.
+
+    Returns:
+        The step, and all that was tried.
+    """
+    both = [halves(line, seed) for line in chosen]
+    done = 0
+
+    def measure(mix: float, sample: Literal["search", "fresh"]) -> Tried:
+        nonlocal done
+        move(mix)
+        half = [part for parts in both if (part := parts[sample == "fresh"]).probes]
+        level = 1 - (1 - confidence) / TRIES if sample == "fresh" else confidence
+
+        def is_unsure(allowed: float, at: Callable[[float], Bounds]) -> bool:
+            return at(level).low < -allowed
+
+        points = [point(line, score, before, level, is_unsure) for line in half]
+        done += 1
+        tick(done)
+        inside = not any(point.is_below for point in points)
+        return Tried(mix=mix, sample=sample, points=points, inside=inside)
+
+    mix, tried = largest_step(measure)
+    move(mix)
+    return mix, tried
 
 
 def snapshot(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: keeptune demo | run | learn | compare | forget | export | report | ...
+"""The command line: keeptune demo | run | learn | compare | repair | forget | export | report | ...
 
 Commands import what they need when they run, so that `keeptune --help` answers at once.
 """
@@ -20,6 +20,7 @@ import typer
 
 from keeptune.cli_compare import compare
 from keeptune.cli_options import Overrides, RecipeFile
+from keeptune.cli_repair import repair
 from keeptune.errors import KeeptuneError
 
 if TYPE_CHECKING:
@@ -227,6 +228,7 @@ def report(
 
 
 app.command()(compare)
+app.command()(repair)
 
 
 @app.command()

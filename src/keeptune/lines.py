@@ -116,7 +116,7 @@ def watched(
         ]
     for name in watched_names(settings, guards):
         allowed = settings.lines.get(name, 0.0)
-        lines += _guard_lines(name, guards, index, allowed)
+        lines += guard_lines(name, guards, index, allowed)
     return [_sampled(line, settings.items, seed) for line in lines]
 
 
@@ -140,7 +140,7 @@ def held(
     here = stream[index]
     lines = [Line(here.name, "learning", [_probe("task", index, here, index)], None)]
     for name, loss in settings.guards.items():
-        lines += _guard_lines(name, guards, 0, loss)
+        lines += guard_lines(name, guards, 0, loss)
     past = list(enumerate(stream))[:index] if settings.past_tasks is not None else []
     units: tuple[Unit, Unit] = ("share", "perplexity")
     for unit in units:
@@ -199,10 +199,25 @@ def refuse_unknown(
         raise RecipeError("\n".join(problems))
 
 
+def refuse_unknown_names(field: str, names: Sequence[str], guards: Sequence[Guard]) -> None:
+    """Refuse names that no guard has, and guards that have no rows of their own.
+
+    Raises:
+        RecipeError: With every problem, one line each.
+    """
+    allowed = _names(guards)
+    if problems := [said for name in names if (said := _unknown(field, name, guards, allowed))]:
+        raise RecipeError("\n".join(problems))
+
+
+def _names(guards: Sequence[Guard]) -> list[str]:
+    return [g.name for g in guards] + [n for n in GROUPS if members(n, guards)]
+
+
 def _named(
     watch: WatchRecipe | None, budget: BudgetRecipe | None, guards: Sequence[Guard]
 ) -> Iterator[tuple[str, Sequence[str], list[str]]]:
-    every = [g.name for g in guards] + [n for n in GROUPS if members(n, guards)]
+    every = _names(guards)
     if watch is not None:
         yield "watch.guards", watch.guards or [], every
         looked_at = [PAST, *(every if watch.guards is None else watch.guards)]
@@ -223,8 +238,15 @@ def _unknown(field: str, name: str, guards: Sequence[Guard], allowed: list[str])
     return ""
 
 
-def _guard_lines(name: str, guards: Sequence[Guard], before: int, loss: float) -> list[Line]:
-    """One line, or two where a name's guards have different units."""
+def guard_lines(name: str, guards: Sequence[Guard], before: int, loss: float) -> list[Line]:
+    """The lines of a guard or group: one, or two where its guards have different units.
+
+    Args:
+        name: Of the guard or the group.
+        guards: All there are.
+        before: As in `Probe`.
+        loss: What it may lose, as a user writes it.
+    """
     found = members(name, guards)
     lines = []
     for unit in sorted({guard.unit for _, guard in found}):

@@ -10,8 +10,9 @@ import os
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Value = TypeVar("Value")
 
@@ -66,3 +67,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor, spread over processes as `example` is; all must call it."""
+    if not isinstance(example, DTensor):
+        return tensor
+    mesh = example.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, example.placements)

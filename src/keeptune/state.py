@@ -18,12 +18,12 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from keeptune.chain import Chain
 from keeptune.disk import link, write_atomic
 from keeptune.method import ADDED, Context, State
-from keeptune.processes import gathered, processes
+from keeptune.processes import gathered, processes, spread_like
 
 Tensors = dict[str, Tensor]
 
@@ -49,14 +49,6 @@ def write_tensors(path: Path | None, tensors: Tensors) -> int:
     if path is not None:
         save_file(plain, path)
     return sum(t.nbytes for t in plain.values())
-
-
-def _spread_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor, sharded as `example` is."""
-    if not isinstance(example, DTensor):
-        return tensor
-    mesh = example.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, example.placements)
 
 
 # -- weights --------------------------------------------------------------------------------------
@@ -89,7 +81,7 @@ def put_tensors(model: nn.Module, tensors: Tensors) -> None:
         KeyError: The structure differs.
     """
     target = own_tensors(model)
-    tensors = {n: _spread_like(t, target.get(n, t)) for n, t in tensors.items()}
+    tensors = {n: spread_like(t, target.get(n, t)) for n, t in tensors.items()}
     if isinstance(model, peft.PeftModel):
         for adapter in model.peft_config:
             own = {
@@ -115,6 +107,7 @@ def write_methods(folder: Path | None, chain: Chain) -> dict[str, int]:
     for index, method in enumerate(chain):
         state = method.state()
         if folder is None:
+            write_tensors(None, state.tensors)  # helps to gather
             continue
         stem = f"method-{index}-{method.name()}"
         # In the middle of a task the evidence so far is state too.
@@ -182,7 +175,7 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         for name, value in source.items():
             index, _, key = name.partition("/")
             if isinstance(value, Tensor) and value.shape == weights[int(index)].shape:
-                value = _spread_like(value, weights[int(index)])
+                value = spread_like(value, weights[int(index)])
             state.setdefault(int(index), {})[key] = value
     # JSON has no tuples; torch's own groups say which values are.
     for group, own in zip(kept["groups"], optimizer.state_dict()["param_groups"], strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -20,18 +20,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keeptune import lines, state, watchlog
-from keeptune.budget import TRIES, Between, largest_step, put, snapshot
+from keeptune.budget import Between, find_step, put, snapshot
 from keeptune.errors import RecipeError
 from keeptune.evaluate import score_rows
 from keeptune.folder import RunFolder
-from keeptune.intervals import Bounds
-from keeptune.lines import Earlier, Line, Probe
+from keeptune.lines import Earlier, Probe
 from keeptune.method import Context, Method
 from keeptune.processes import launched
 from keeptune.progress import Progress
 from keeptune.records import Example, Phase
 from keeptune.watch import Clock, Watch
-from keeptune.watchlog import Frontier, Look, Tried
+from keeptune.watchlog import Frontier, Look
 from keeptune.wording import number, unit_of
 
 if TYPE_CHECKING:
@@ -210,23 +209,16 @@ class Steering:
         assert plan.budget is not None
         between = Between(self._old, ctx.trainable())
         chosen = lines.held(plan.budget, plan.stream, plan.guards, ctx.index)
-        both = [lines.halves(line, plan.seed) for line in chosen]
-        sure = plan.budget.confidence
         self.progress.phase(f"the step inside the budget after {ctx.task}", 0, "trials")
-        done = 0
-
-        def measure(mix: float, sample: Literal["search", "fresh"]) -> Tried:
-            nonlocal done
-            between.move(mix)
-            half = [parts[sample == "fresh"] for parts in both]
-            level = 1 - (1 - sure) / TRIES if sample == "fresh" else sure
-            tried = self._try(mix, sample, [line for line in half if line.probes], level)
-            done += 1
-            self.progress.advance(done)
-            return tried
-
-        mix, tried = largest_step(measure)
-        between.move(mix)
+        mix, tried = find_step(
+            between.move,
+            chosen,
+            self._score,
+            self._before,
+            confidence=plan.budget.confidence,
+            seed=plan.seed,
+            tick=self.progress.advance,
+        )
         self.progress.note(f"{ctx.task}: {100 * mix:.0f} % of the step is inside the budget")
         return Frontier(
             task=ctx.task,
@@ -236,16 +228,6 @@ class Steering:
             tried=tried,
             seconds=self._clock() - began,
         )
-
-    def _try(
-        self, mix: float, sample: Literal["search", "fresh"], half: Sequence[Line], level: float
-    ) -> Tried:
-        def is_unsure(allowed: float, at: Callable[[float], Bounds]) -> bool:
-            return at(level).low < -allowed
-
-        points = [lines.point(x, self._score, self._before, level, is_unsure) for x in half]
-        inside = not any(point.is_below for point in points)
-        return Tried(mix=mix, sample=sample, points=points, inside=inside)
 
     def _add_cost(self, phase: str, task: str, seconds: float) -> None:
         if seconds:

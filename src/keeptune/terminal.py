@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from keeptune.intervals import Estimate
     from keeptune.method import Method
     from keeptune.metrics import Summary
+    from keeptune.watchlog import Frontier
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥"}
 
@@ -230,6 +231,17 @@ def forgotten_text(done: Forgotten, *, dry_run: bool) -> str:
         )
     lines += [f"Left in {file}, which keeptune does not change." for file in done.left]
     return "\n".join(lines)
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """What the steps that were tried between two models changed, each with its bounds."""
+    from keeptune.report.steered import tried_table
+
+    names, rows = tried_table(frontier)
+    table = _table("share", "rows for", *names, "inside")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

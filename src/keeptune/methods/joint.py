@@ -22,6 +22,7 @@ from torch import Tensor
 
 from keeptune.buffer import Buffer
 from keeptune.method import Context, Method, State
+from keeptune.processes import spread_like
 
 
 class Joint(Method):
@@ -66,10 +67,11 @@ class Joint(Method):
     def restore(self, ctx: Context, state: State) -> None:
         """Take the rows and the first weights back."""
         self._buffer.restore(state, ctx.folder)
+        weights, first = ctx.trainable(), "first/"
         self._first = {
-            n.removeprefix("first/"): t.to(ctx.device)
+            (name := n.removeprefix(first)): spread_like(t.to(ctx.device), weights[name])
             for n, t in state.tensors.items()
-            if n.startswith("first/")
+            if n.startswith(first)
         }
 
     def declared_bytes(self, ctx: Context) -> int:

@@ -34,6 +34,7 @@ from keeptune.method import Context, Method, State
 from keeptune.methods._factors import mix_factors
 from keeptune.methods._guarded import guard_texts, largest_share, text_loss
 from keeptune.methods._thirds import OneOrThree, thirds
+from keeptune.processes import spread_like
 
 
 class WiSE(Method):
@@ -139,9 +140,9 @@ class WiSE(Method):
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the weights before the present task back."""
-        self._before = {
-            n.removeprefix("before/"): t.to(ctx.device) for n, t in state.tensors.items()
-        }
+        kept = {n.removeprefix("before/"): t.to(ctx.device) for n, t in state.tensors.items()}
+        weights = ctx.trainable()
+        self._before = {n: spread_like(t, weights[n]) for n, t in kept.items()}
 
     def declared_bytes(self, ctx: Context) -> int:
         """One copy of the trained weights during a task, nothing between tasks."""

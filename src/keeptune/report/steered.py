@@ -171,7 +171,8 @@ def budget_views(folder: RunFolder) -> list[BudgetView]:
     return [_budget(frontier) for frontier in frontiers(folder)]
 
 
-def _budget(frontier: Frontier) -> BudgetView:
+def tried_table(frontier: Frontier) -> tuple[list[str], list[list[str]]]:
+    """The names that were looked at, and a row of text for each step that was tried."""
     names = list(dict.fromkeys(p.name for tried in frontier.tried for p in tried.points))
     rows = [
         [
@@ -182,6 +183,11 @@ def _budget(frontier: Frontier) -> BudgetView:
         ]
         for tried in frontier.tried
     ]
+    return names, rows
+
+
+def _budget(frontier: Frontier) -> BudgetView:
+    names, rows = tried_table(frontier)
     curves = [_over_shares(frontier, name) for name in names]
     return BudgetView(frontier.task, f"{100 * frontier.mix:.0f}\u00a0%", curves, names, rows)
 
