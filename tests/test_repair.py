@@ -150,7 +150,7 @@ def adapter(home: Path, **settings: Any) -> Path:
     model = peft.get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=20.0, generator=torch.Generator().manual_seed(1))
+            torch.nn.init.normal_(parameter, std=3.0, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(home / "adapter", save_embedding_layers=False)
     return home / "adapter"
 
