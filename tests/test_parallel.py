@@ -27,7 +27,8 @@ PATIENCE = 180  # seconds without a new result, for two processes on a busy mach
 PAIRS = [(name, place) for name, case in CASES.items() for place in case.places]
 
 
-@pytest.fixture(scope="module")
+# For the session: in another module's turn a module's own would be made anew.
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found for every strategy: a file for each process."""
     path = tmp_path_factory.mktemp("parallel")

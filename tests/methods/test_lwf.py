@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pico
 from keeptune.errors import DataError, MethodError
 from keeptune.method import Context
-from keeptune.methods import lwf
+from keeptune.methods._anchor import shards
 from keeptune.methods.lwf import LwF
 from pencil import Softmax, added, context, examples, stack, texts
 
@@ -174,7 +174,7 @@ def test_no_weight_is_copied_for_recorded_answers() -> None:
 
 
 def test_sharded_weights_can_only_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lwf, "DTensor", nn.Parameter)
+    monkeypatch.setattr(shards, "DTensor", nn.Parameter)
     ctx = context(Softmax([[0.0]]))
     LwF(targets="recorded").begin_task(ctx)
     with pytest.raises(MethodError, match="Use `targets: recorded`"):
