@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	@sh tests/chromium.sh
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
