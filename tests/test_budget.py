@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pico
-from keeptune import budget, steering, watchlog
+from keeptune import bisection, budget, steering, watchlog
 from keeptune.budget import Between, largest_step, put, snapshot
 from keeptune.checks import run_checks
 from keeptune.errors import RecipeError
@@ -38,7 +38,7 @@ def tried(mix: float, sample: Sample, inside: bool) -> Tried:
 def test_the_largest_step_inside_is_found_to_one_in_32(edge: float, found: float) -> None:
     step, every = largest_step(lambda mix, sample: tried(mix, sample, mix <= edge))
     assert step == pytest.approx(found, abs=1e-9)
-    assert len(every) <= 1 + budget.HALVINGS + budget.TRIES
+    assert len(every) <= 1 + bisection.HALVINGS + budget.TRIES
 
 
 def test_a_step_that_is_not_confirmed_goes_down_and_at_last_to_none() -> None:

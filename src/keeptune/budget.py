@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from keeptune.bisection import largest_share
 from keeptune.intervals import Bounds
 from keeptune.lines import Line, Scorer, halves, point
 from keeptune.methods._factors import mix_factors
 from keeptune.watchlog import Tried
 
-HALVINGS = 5  # a step is found to 1/32
 TRIES = 3
 Measure = Callable[[float, Literal["search", "fresh"]], Tried]
 
@@ -35,17 +35,13 @@ def largest_step(measure: Measure) -> tuple[float, list[Tried]]:
     Returns:
         The step, and all that was tried.
     """
-    tried = [measure(1.0, "search")]
-    step = 1.0
-    if not tried[0].inside:
-        step, beyond = 0.0, 1.0
-        for _ in range(HALVINGS):
-            middle = (step + beyond) / 2
-            tried.append(measure(middle, "search"))
-            if tried[-1].inside:
-                step = middle
-            else:
-                beyond = middle
+    tried: list[Tried] = []
+
+    def is_inside(step: float) -> bool:
+        tried.append(measure(step, "search"))
+        return tried[-1].inside
+
+    step = largest_share(is_inside)
     for _ in range(TRIES if step else 0):
         tried.append(measure(step, "fresh"))
         if tried[-1].inside:

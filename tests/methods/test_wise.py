@@ -12,7 +12,7 @@ from torch import Tensor
 import pico
 from keeptune.errors import MethodError
 from keeptune.methods._factors import mix_factors
-from keeptune.methods._guarded import largest_share, text_loss
+from keeptune.methods._guarded import share_within, text_loss
 from keeptune.methods._thirds import thirds
 from keeptune.methods.wise import WiSE
 from pencil import ONE_ROW, Softmax, context, texts
@@ -200,7 +200,7 @@ def test_halving_by_hand(limit: float, share: float, after: float, looks: int) -
         seen.append(at)
         return at * at
 
-    found = largest_share(square, 0.0, limit)
+    found = share_within(square, 0.0, limit)
     assert found == {"share": share, "after": after, "at_mix": 1.0}
     assert len(seen) == looks
 

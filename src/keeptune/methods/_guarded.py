@@ -9,13 +9,13 @@ from typing import Any
 
 from datasets import Dataset
 
+from keeptune.bisection import largest_share
 from keeptune.errors import MethodError
 from keeptune.method import Context
 from keeptune.methods._distil import read_texts
 from keeptune.methods._measure import losses
 
 LENGTH = 256  # tokens of a text, at most
-HALVINGS = 5
 
 
 def guard_texts(ctx: Context, path: str, field: str) -> list[dict[str, Any]]:
@@ -37,8 +37,8 @@ def text_loss(ctx: Context, texts: list[dict[str, Any]]) -> float:
     return float(losses(replace(ctx, dataset=Dataset.from_list(texts))).mean())
 
 
-def largest_share(loss: Callable[[float], float], start: float, limit: float) -> dict[str, float]:
-    """The largest share whose loss is at most `limit`: all, or else found by halving.
+def share_within(loss: Callable[[float], float], start: float, limit: float) -> dict[str, float]:
+    """The largest share whose loss is at most `limit`.
 
     Args:
         loss: Of a share from 0 to 1.
@@ -48,15 +48,11 @@ def largest_share(loss: Callable[[float], float], start: float, limit: float) ->
     Returns:
         `share`, its loss `after`, and the loss `at_mix` of share 1.
     """
-    full = loss(1.0)
-    if full <= limit:
-        return {"share": 1.0, "after": full, "at_mix": full}
-    share, held, beyond = 0.0, start, 1.0
-    for _ in range(HALVINGS):
-        middle = (share + beyond) / 2
-        found = loss(middle)
-        if found <= limit:
-            share, held = middle, found
-        else:
-            beyond = middle
-    return {"share": share, "after": held, "at_mix": full}
+    found = {0.0: start}
+
+    def is_within(share: float) -> bool:
+        found[share] = loss(share)
+        return found[share] <= limit
+
+    share = largest_share(is_within)
+    return {"share": share, "after": found[share], "at_mix": found[1.0]}

@@ -32,7 +32,7 @@ from torch import Tensor
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
 from keeptune.methods._factors import mix_factors
-from keeptune.methods._guarded import guard_texts, largest_share, text_loss
+from keeptune.methods._guarded import guard_texts, share_within, text_loss
 from keeptune.methods._thirds import OneOrThree, thirds
 from keeptune.processes import spread_like
 
@@ -129,7 +129,7 @@ class WiSE(Method):
 
         put(self._before)
         before = text_loss(ctx, self._texts)
-        found = largest_share(loss, before, before + self.rise)
+        found = share_within(loss, before, before + self.rise)
         put(after)
         self._evidence.update({f"guard_{k}": v for k, v in found.items()}, guard_before=before)
         return found["share"]
