@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from keeptune.bisection import largest_share
 from keeptune.intervals import Bounds
 from keeptune.lines import Line, Scorer, halves, point
-from keeptune.methods._factors import mix_factors
+from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.watchlog import Tried
 
 TRIES = 3
@@ -135,11 +135,9 @@ class Between:
         if mix in (0.0, 1.0):
             put(self._weights, self._new if mix else self._old)
             return
-        for name, weight in self._weights.items():
-            first, partner = _pair(name)
-            if first != name and first in self._weights:
-                continue  # moves with its partner
-            if partner != name and partner in self._weights:
+        for name, partner in in_pairs(self._weights):
+            weight = self._weights[name]
+            if partner is not None:
                 old = self._old[name], self._old[partner]
                 new = self._new[name], self._new[partner]
                 a, b, error = mix_factors(old, new, mix)
@@ -148,9 +146,3 @@ class Between:
                 self.cut = max(self.cut, error)
             else:
                 weight.copy_(self._old[name] + mix * (self._new[name] - self._old[name]))
-
-
-def _pair(name: str) -> tuple[str, str]:
-    """The names of both factors of a LoRA module; twice the same for any other weight."""
-    first = name.replace(".lora_B.", ".lora_A.")
-    return first, first.replace(".lora_A.", ".lora_B.")

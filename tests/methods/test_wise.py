@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pico
 from keeptune.errors import MethodError
-from keeptune.methods._factors import mix_factors
+from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.methods._guarded import share_within, text_loss
 from keeptune.methods._thirds import thirds
 from keeptune.methods.wise import WiSE
@@ -281,3 +281,12 @@ def test_a_guard_that_cannot_decide_is_refused(lines: str) -> None:
         WiSE(guard=lines).begin_task(ctx)
     with pytest.raises(MethodError, match=r"WiSE.guard is .* but this trainer has no tokenizer"):
         WiSE(guard=lines).begin_task(context(pico.causal_lm(), texts([9, 9])))
+
+
+def test_factors_come_in_pairs_and_lone_ones_alone() -> None:
+    names = ["x.lora_A.default.w", "x.lora_B.default.w", "y.lora_B.default.w", "z.w"]
+    assert list(in_pairs(names)) == [
+        ("x.lora_A.default.w", "x.lora_B.default.w"),
+        ("y.lora_B.default.w", None),
+        ("z.w", None),
+    ]

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import Tensor
+
+
+def in_pairs(names: Collection[str]) -> Iterator[tuple[str, str | None]]:
+    """Each weight once: A of a LoRA module with its B, where both are there; any other alone."""
+    for name in names:
+        a, b = (name.replace(f".lora_{x}.", f".lora_{y}.") for x, y in ("BA", "AB"))
+        if a == name or a not in names:
+            yield name, b if b != name and b in names else None
 
 
 def mix_factors(

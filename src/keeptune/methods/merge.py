@@ -31,7 +31,7 @@ from torch import Tensor
 
 from keeptune.method import Context, Method, State, wide
 from keeptune.methods._anchor.shards import refuse_shards
-from keeptune.methods._factors import low_rank
+from keeptune.methods._factors import in_pairs, low_rank
 
 Form = Literal["task_arithmetic", "ties", "dare", "dare_ties", "slerp"]
 Weights = dict[str, Tensor]
@@ -110,11 +110,9 @@ class Merge(Method):
         devices = [ctx.device] if ctx.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(ctx.random(self.form).integers(2**63)))
-            for name, weight in weights.items():
-                partner = name.replace(".lora_A.", ".lora_B.")
-                if ".lora_B." in name and name.replace(".lora_B.", ".lora_A.") in weights:
-                    continue
-                if partner != name and partner in weights:
+            for name, partner in in_pairs(weights):
+                weight = weights[name]
+                if partner is not None:
                     update = self._merged([wide(w[partner]) @ wide(w[name]) for w in self._all()])
                     a, b, error = low_rank(update, weight.shape[0])
                     pairs, worst = [(weight, a), (weights[partner], b)], max(worst, error)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
-from keeptune.methods._factors import mix_factors
+from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.methods._guarded import guard_texts, share_within, text_loss
 from keeptune.methods._thirds import OneOrThree, thirds
 from keeptune.processes import spread_like
@@ -93,13 +93,13 @@ class WiSE(Method):
         """Interpolate by a share of the mix; gives the squared distance, and the worst cut."""
         weights = ctx.trainable()
         mixes = self.mix if isinstance(self.mix, tuple) else (self.mix,) * 3
+        blocks = dict(zip(weights, thirds(list(weights)), strict=True))
         squares, worst = 0.0, 0.0
-        for name, block in zip(weights, thirds(list(weights)), strict=True):
-            mix = share * mixes[block]
+        for name, partner in in_pairs(weights):
+            mix = share * mixes[blocks[name]]
             if mix == 1:
                 continue
-            partner = name.replace(".lora_A.", ".lora_B.")
-            if partner != name and partner in weights:
+            if partner is not None:
                 pair = [(weights[n], self._before[n]) for n in (name, partner)]
                 (a, a_old), (b, b_old) = pair
                 new_a, new_b, error = mix_factors((a_old, b_old), (a, b), mix)
@@ -107,7 +107,7 @@ class WiSE(Method):
                 a.copy_(new_a)
                 b.copy_(new_b)
                 worst = max(worst, error)
-            elif ".lora_B." not in name:
+            else:
                 step = (1 - mix) * (self._before[name] - weights[name])
                 squares += float(step.square().sum())
                 weights[name].add_(step)
