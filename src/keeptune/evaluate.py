@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from keeptune.errors import DataError, ModelError
@@ -29,7 +28,7 @@ from keeptune.likelihood import (
     sequence_losses,
 )
 from keeptune.method import IGNORED, Ids
-from keeptune.processes import gathered, processes
+from keeptune.processes import gathered, is_sharded, processes
 from keeptune.records import Example
 from keeptune.rows import Rows, Shape, answer, as_text, label_id, options, question
 from keeptune.scorers import check_score, text_score
@@ -76,12 +75,7 @@ class _Job:
     def processes(self) -> tuple[int, int]:
         """This process's number among those that share the rows, and how many they are."""
         # Where the weights are spread no process can go forward without the others.
-        return (0, 1) if self.is_spread else processes()
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether FSDP spreads the model over processes."""
-        return any(isinstance(p, DTensor) for p in self.model.parameters())
+        return (0, 1) if is_sharded(self.model) else processes()
 
     def asked(self, ids: Ids, room: int) -> Ids:
         """What stands in for a question, in at most `room` tokens."""
@@ -162,7 +156,7 @@ def score_rows(
     _check_model(model, score)
     job = _Job(model, tokenizer, rows, batch_size, context_length(model, max_length), tick, prompt)
     # FSDP cannot put weights back together in inference mode and train with them afterwards.
-    with evaluating(model), torch.no_grad() if job.is_spread else torch.inference_mode():
+    with evaluating(model), torch.no_grad() if is_sharded(model) else torch.inference_mode():
         if score == "accuracy":
             examples = _classify(job, labels)
         elif score == "perplexity":

@@ -233,33 +233,29 @@ class Loop:
     def evaluate(self, row: int) -> None:
         """Fill what is missing of one row of R; the model must stand after task `row`."""
         plan = self.session.plan
-        tasks: Sequence[Task | Guard] = list(plan.stream)
-        pairs: list[tuple[Kind, Sequence[Task | Guard]]] = [("task", tasks), ("guard", plan.guards)]
-        there = first_says(
-            {
+        every: dict[Kind, Sequence[Task | Guard]] = {
+            "task": list(plan.stream),
+            "guard": plan.guards,
+        }
+        missing = first_says(
+            [
                 (kind, index)
-                for kind, items in pairs
+                for kind, items in every.items()
                 for index in range(len(items))
-                if self.folder.cell_file(row, kind, index).is_file()
-            }
+                if not self.folder.cell_file(row, kind, index).is_file()
+            ]
         )
-        missing = [
-            (kind, index, item)
-            for kind, items in pairs
-            for index, item in enumerate(items)
-            if (kind, index) not in there
-        ]
         if not missing:
             return
         started = time.monotonic()
         when = plan.stream[row - 1].name if row else ""
         title = f"evaluate after {when}" if row else "evaluate before training"
-        self.progress.phase(title, sum(item.size for _, _, item in missing), "examples")
+        self.progress.phase(title, sum(every[kind][i].size for kind, i in missing), "examples")
         self._scored = 0
         self._ask_for_tasks(row)
-        for kind, index, item in missing:
+        for kind, index in missing:
             self._end_if_asked()
-            learned = kind == "task" and index < row
+            item, learned = every[kind][index], kind == "task" and index < row
             ctx = self.session.context(max(row - 1, 0))
             cell = self._score(item, ctx, item.name if learned else None)
             self.folder.write_cell(row, kind, index, cell)

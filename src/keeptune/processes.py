@@ -62,6 +62,11 @@ def any_says(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in up.tolist()]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP spreads the model's weights over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def reshard(model: nn.Module) -> None:
     """Let FSDP take the weights apart again, which it keeps whole for a backward."""
     for module in model.modules():

@@ -188,8 +188,9 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 def write_random(folder: Path | None) -> None:
     """Write the state of every global random number generator, of each process its own."""
     states = gathered(_random_state())
-    for number, (tensors, numbers) in enumerate(states if folder else []):
-        assert folder is not None
+    if folder is None:
+        return
+    for number, (tensors, numbers) in enumerate(states):
         write_tensors(folder / f"random-{number}.safetensors", tensors)
         write_json(folder / f"random-{number}.json", numbers)
 

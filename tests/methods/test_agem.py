@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pico
+from keeptune import processes
 from keeptune.errors import MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor import shards
 from keeptune.methods._reference import angle, inner_products, mean_gradient
 from keeptune.methods.agem import AGEM, share_to_add
 from pencil import Softmax, context, examples, texts
@@ -212,7 +212,7 @@ def test_switched_off_it_keeps_and_does_nothing() -> None:
 
 
 def test_sharded_weights_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "DTensor", nn.Parameter)
+    monkeypatch.setattr(processes, "DTensor", nn.Parameter)
     with pytest.raises(MethodError, match="'agem' cannot take a second gradient while FSDP"):
         AGEM().begin_task(context(Softmax([[0.0]])))
     AGEM(rows=0).begin_task(context(Softmax([[0.0]])))

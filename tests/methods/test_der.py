@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import pico
+from keeptune import processes
 from keeptune.errors import MethodError
-from keeptune.methods._anchor import shards
 from keeptune.methods.der import DER
 from pencil import Softmax, context, examples, stack
 from rehearsed_rows import ROWS, flat, gradients, learned, moved
@@ -105,7 +105,7 @@ def test_off_it_keeps_nothing() -> None:
 
 
 def test_sharded_weights_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "DTensor", nn.Parameter)
+    monkeypatch.setattr(processes, "DTensor", nn.Parameter)
     with pytest.raises(MethodError, match="'der' cannot take a second gradient while FSDP"):
         DER().begin_task(context(Softmax([[0.0]])))
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import pico
+from keeptune import processes
 from keeptune.errors import MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor import shards
 from keeptune.methods.kl_base import KLBase
 from pencil import Softmax, added, context, stack, texts
 from rehearsed_rows import flat, moved
@@ -145,7 +145,7 @@ def test_texts_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_sharded_weights_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "DTensor", nn.Parameter)
+    monkeypatch.setattr(processes, "DTensor", nn.Parameter)
     with pytest.raises(MethodError, match="'kl_base' cannot run a second model while FSDP"):
         KLBase().begin_task(context(Softmax([[0.0]])))
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 import pico
+from keeptune import processes
 from keeptune.errors import DataError, MethodError
 from keeptune.method import Context
-from keeptune.methods._anchor import shards
 from keeptune.methods.lwf import LwF
 from pencil import Softmax, added, context, examples, stack, texts
 
@@ -174,7 +174,7 @@ def test_no_weight_is_copied_for_recorded_answers() -> None:
 
 
 def test_sharded_weights_can_only_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "DTensor", nn.Parameter)
+    monkeypatch.setattr(processes, "DTensor", nn.Parameter)
     ctx = context(Softmax([[0.0]]))
     LwF(targets="recorded").begin_task(ctx)
     with pytest.raises(MethodError, match="Use `targets: recorded`"):

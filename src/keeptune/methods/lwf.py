@@ -31,8 +31,8 @@ from torch import Tensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
-from keeptune.methods._anchor.shards import is_sharded
 from keeptune.methods._distil import Frozen, Store, Sums, Teacher, TopK
+from keeptune.processes import is_sharded
 
 
 class LwF(Method):
@@ -62,7 +62,7 @@ class LwF(Method):
         Raises:
             MethodError: The weights are spread over processes.
         """
-        if self.strength and self.targets == "online" and is_sharded(ctx):
+        if self.strength and self.targets == "online" and is_sharded(ctx.model):
             raise MethodError(
                 "The method 'lwf' cannot run the model with old weights while FSDP spreads them "
                 "over processes. Use `targets: recorded`, or train with DDP (leave `fsdp` out)."

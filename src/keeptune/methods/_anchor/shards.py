@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from keeptune.errors import MethodError
 from keeptune.method import Context
+from keeptune.processes import is_sharded
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def is_sharded(ctx: Context) -> bool:
-    """Whether FSDP spreads the model's weights over processes."""
-    return any(isinstance(parameter, DTensor) for parameter in ctx.model.parameters())
-
-
 def refuse_shards(ctx: Context, who: str, why: str) -> None:
     """Refuse weights that are spread over processes.
 
@@ -57,7 +53,7 @@ def refuse_shards(ctx: Context, who: str, why: str) -> None:
     Raises:
         MethodError: They are.
     """
-    if is_sharded(ctx):
+    if is_sharded(ctx.model):
         raise MethodError(
             f"The method {who!r} {why}. Train with DDP (leave `fsdp` out), or remove the method."
         )

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Context
+from keeptune.processes import is_sharded
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def undisturbed(ctx: Context, weights: dict[str, nn.Parameter]) -> Iterator[None
     modes = [(module, module.training) for module in ctx.model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in ctx.model.parameters()]
     wanted = set(weights.values())
-    sharded = any(isinstance(p, DTensor) for p, *_ in parameters)
+    sharded = is_sharded(ctx.model)
     if sharded and not all(weight.requires_grad for weight in wanted):
         raise MethodError(
             "FSDP gives no gradients of frozen weights, which the importance of effective weights "
