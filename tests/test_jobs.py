@@ -11,7 +11,7 @@ import pytest
 
 import runs
 from keeptune.errors import TrainingError
-from keeptune.failures import failure
+from keeptune.failures import failure, in_a_line
 from keeptune.jobs import Job, run_job
 
 RECIPE = {"model": "demo", "tasks": [{"name": "a", "train": "a.jsonl", "eval": "a.jsonl"}]}
@@ -101,3 +101,8 @@ def test_how_far_a_run_is_by_its_folder(job: Job, tmp_path: Path) -> None:
     assert job.is_done
     (folder.path / "run.json").write_text("{")
     assert (job.is_done, job.share) == (False, 0.0)
+
+
+def test_an_error_is_one_line_even_if_it_says_nothing() -> None:
+    assert in_a_line(ValueError("\nfirst\nsecond")) == "ValueError: first"
+    assert in_a_line(KeyboardInterrupt()) == "KeyboardInterrupt: "

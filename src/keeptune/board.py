@@ -10,10 +10,9 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.table import Column
-from rich.text import Text
 
 from keeptune.jobs import Job
-from keeptune.progress import duration
+from keeptune.progress import duration, print_note, print_warning, screen
 
 
 class _Run:
@@ -129,6 +128,10 @@ class Board:
         self._stream.write(message + "\n")
         self._stream.flush()
 
+    def stopping(self) -> None:
+        """Ctrl-C reached the runs."""
+        self.note("stopping: each run saves a state after its step (again to stop at once)")
+
     def close(self) -> None:
         """Nothing more comes."""
 
@@ -191,12 +194,11 @@ class BarBoard(Board):
 
     def note(self, message: str) -> None:
         """One line above the bars."""
-        self._bars.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        print_note(self._bars.console, message)
 
     def warn(self, message: str) -> None:
         """One yellow line above the bars."""
-        text = Text(f"warning: {message}", style="yellow")
-        self._bars.console.print(text, soft_wrap=True)
+        print_warning(self._bars.console, message)
 
     def close(self) -> None:
         """Take the bars away."""
@@ -205,9 +207,8 @@ class BarBoard(Board):
 
 def choose(stream: IO[str]) -> Board:
     """Bars where the stream is a terminal that can move its cursor, else plain lines."""
-    console = Console(file=stream)
-    is_screen = console.is_terminal and not console.is_dumb_terminal
-    return BarBoard(console) if is_screen else Board(stream)
+    console = screen(stream)
+    return BarBoard(console) if console is not None else Board(stream)
 
 
 def _runs(number: int) -> str:

@@ -31,6 +31,12 @@ def write_failure(folder: Path, sentence: str, details: str = "") -> str:
     return line
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error that is nobody's sentence: its kind, and the first line of what it says."""
+    first, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {first}"
+
+
 def clear_failure(folder: Path) -> None:
     """Forget a failure: the run goes on."""
     (folder / FILE).unlink(missing_ok=True)

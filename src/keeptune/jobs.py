@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeptune.errors import FolderError, KeeptuneError
-from keeptune.failures import write_failure
+from keeptune.failures import in_a_line, write_failure
 from keeptune.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -76,7 +76,5 @@ def run_job(job: Job, progress: Progress | None = None) -> str | None:
     except KeeptuneError as error:
         return write_failure(job.folder, str(error))
     except Exception as error:
-        said = str(error).partition("\n")[0]
-        kind = type(error).__name__
-        return write_failure(job.folder, f"{kind}: {said}", traceback.format_exc())
+        return write_failure(job.folder, in_a_line(error), traceback.format_exc())
     return None

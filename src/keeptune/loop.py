@@ -233,10 +233,8 @@ class Loop:
     def evaluate(self, row: int) -> None:
         """Fill what is missing of one row of R; the model must stand after task `row`."""
         plan = self.session.plan
-        every: dict[Kind, Sequence[Task | Guard]] = {
-            "task": list(plan.stream),
-            "guard": plan.guards,
-        }
+        tasks: Sequence[Task | Guard] = list(plan.stream)
+        every: dict[Kind, Sequence[Task | Guard]] = {"task": tasks, "guard": plan.guards}
         missing = first_says(
             [
                 (kind, index)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from copy import copy
-from typing import Protocol, TextIO
+from typing import IO, Protocol, TextIO
 
 import rich.progress
 from rich.console import Console
@@ -210,12 +210,11 @@ class Bars:
 
     def note(self, message: str) -> None:
         """One line above the bars."""
-        self._bars.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        print_note(self._bars.console, message)
 
     def warn(self, message: str) -> None:
         """One yellow line above the bars."""
-        text = Text(f"warning: {message}", style="yellow")
-        self._bars.console.print(text, soft_wrap=True)
+        print_warning(self._bars.console, message)
 
     def close(self) -> None:
         """Takes the bars away."""
@@ -229,10 +228,26 @@ class Bars:
         self._phase = self._phase_bar = None
 
 
+def print_note(console: Console, message: str) -> None:
+    """One line as it is."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_warning(console: Console, message: str) -> None:
+    """One yellow line."""
+    console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+
+
+def screen(stream: IO[str]) -> Console | None:
+    """The terminal behind a stream; None where it is none that can move its cursor."""
+    console = Console(file=stream)
+    return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
 def choose(stream: TextIO) -> Progress:
     """Bars where the stream is a terminal that can move its cursor, else plain lines."""
-    console = Console(file=stream)
-    return Bars(console) if console.is_terminal and not console.is_dumb_terminal else Lines(stream)
+    console = screen(stream)
+    return Bars(console) if console is not None else Lines(stream)
 
 
 def figures_text(figures: dict[str, float]) -> str:

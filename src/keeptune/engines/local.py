@@ -78,7 +78,7 @@ def run(
                 yield ended.job, _end(ended, board)
             board.tick()
     except KeyboardInterrupt:
-        board.note("stopping: each run saves a state after its step (again to stop at once)")
+        board.stopping()
         _stop(running.values())
         raise
     finally:

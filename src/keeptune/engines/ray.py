@@ -12,6 +12,7 @@ from typing import Any
 
 from keeptune.board import Board
 from keeptune.errors import RecipeError
+from keeptune.failures import in_a_line
 from keeptune.jobs import Job, run_job
 
 SECONDS_TO_SAVE = 120.0
@@ -55,7 +56,7 @@ def run(
                 board.looked(job)
             board.tick()
     except KeyboardInterrupt:
-        board.note("stopping: each run saves a state after its step (again to stop at once)")
+        board.stopping()
         for end in running:
             ray.cancel(end)
         ray.wait(list(running), num_returns=len(running), timeout=SECONDS_TO_SAVE)
@@ -97,5 +98,5 @@ def _said(ray: Any, end: Any) -> str | None:
     try:
         said: str | None = ray.get(end)
     except ray.exceptions.RayError as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return in_a_line(error)
     return said

@@ -11,6 +11,7 @@ from typing import Any
 
 from keeptune.board import Board
 from keeptune.errors import RecipeError
+from keeptune.failures import in_a_line
 from keeptune.jobs import Job, run_job
 from keeptune.yamltext import Document
 
@@ -104,5 +105,5 @@ def _said(submitted: Any) -> str | None:
     try:
         said: str | None = submitted.result()
     except Exception as error:  # whatever submitit makes of a job that was lost
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return in_a_line(error)
     return said

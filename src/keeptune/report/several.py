@@ -8,25 +8,14 @@ from pathlib import Path
 
 from keeptune.comparison import Group
 from keeptune.intervals import Estimate, over_seeds
-from keeptune.ranking import front
+from keeptune.ranking import KEYS, front
 from keeptune.report.axes import DotPlot, DotRow, Lane, Scatter, axis_for, mark, scatter
 from keeptune.report.standing import RunRow, Standing, run_rows, standing
 from keeptune.tracks import Track
 from keeptune.units import UNITS, Shown, shown_as
 from keeptune.wording import estimate_text, unit_of
 
-COLUMNS = (
-    "learning_gain",
-    "learning_gain_perplexity",
-    "guard_kept",
-    "guard_change_perplexity",
-    "backward_transfer",
-    "backward_transfer_perplexity",
-    "average_accuracy",
-    "average_accuracy_perplexity",
-    "forgetting",
-    "intransigence",
-)
+COLUMNS = (*KEYS, "forgetting", "intransigence")
 COLOURS = 6
 
 
