@@ -110,6 +110,11 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something is there that a new folder must not take the place of."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def replace_folder(path: Path, new: Path) -> None:
     """Put a whole folder, named "new-" and the name of `path`, in the place of `path`.
 

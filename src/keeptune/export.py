@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keeptune.disk import locked, new_folder
+from keeptune.disk import is_taken, locked, new_folder
 from keeptune.errors import FolderError, MethodError, ModelError, suggest
 from keeptune.folder import RunFolder
 from keeptune.likelihood import base_model, evaluating
@@ -93,7 +93,7 @@ def export(path: Path, out: Path, *, task: str | None = None, merged: bool = Fal
 
 
 def _refuse_full(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise FolderError(f"{out} is not empty, and an export overwrites nothing. Give a new OUT.")
 
 

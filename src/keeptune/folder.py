@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from keeptune.disk import write_atomic
+from keeptune.disk import is_taken, write_atomic
 from keeptune.errors import FolderError
 from keeptune.records import (
     FORMAT,
@@ -52,7 +52,7 @@ def refuse_full(out: Path) -> None:
     Raises:
         FolderError: It does.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise FolderError(
             f"{out} is not empty. Continue that run with --resume, or give another --out."
         )

@@ -119,6 +119,25 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place.path, **common)
 
 
+def files_of(model: str, *, without: Sequence[str] = ()) -> Path:
+    """The folder with a model's files, or with an adapter's; from the hub they are fetched.
+
+    Args:
+        model: Hub id, folder, or "demo".
+        without: Patterns of files that are not fetched.
+
+    Raises:
+        ModelError: It is not there.
+    """
+    if model == DEMO:
+        return demo_folder()
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    with _explained(model, _Place(model, model, model)):
+        return Path(huggingface_hub.snapshot_download(model, ignore_patterns=list(without)))
+
+
 def identity(folder: Path) -> str:
     """Say which weights a model folder holds.
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import huggingface_hub
 import peft
 import torch
 from safetensors import safe_open
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from keeptune import lines, models
 from keeptune.budget import find_step
-from keeptune.disk import new_folder, write_atomic
+from keeptune.disk import is_taken, new_folder, write_atomic
 from keeptune.errors import FolderError, ModelError, RecipeError
 from keeptune.evaluate import score_rows
 from keeptune.guard import Guard
@@ -35,7 +34,7 @@ from keeptune.progress import Progress
 from keeptune.recipe_parts import BudgetRecipe
 from keeptune.records import Example
 from keeptune.session import DEFAULT_LENGTH
-from keeptune.watchlog import Frontier
+from keeptune.watchlog import Frontier, Tried
 
 WEIGHTS = "*.safetensors"
 ADAPTER = "adapter_config.json"
@@ -64,8 +63,8 @@ class Mix(Protocol):
     def move(self, mix: float) -> None:
         """Set the model to so large a share of the tuning."""
 
-    def write(self, folder: Path, mix: float) -> None:
-        """Write the weights of a share into files as those of the tuned model."""
+    def mixed(self, name: str, mix: float) -> Tensor:
+        """A tensor of the tuned model's files at that share, in its own dtype."""
 
 
 def repair(
@@ -98,7 +97,7 @@ def repair(
     Raises:
         KeeptuneError: Anything a user can mend; nothing is written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise FolderError(f"{out} is not empty, and a repair overwrites nothing. Give a new OUT.")
     began, chosen = time.monotonic(), _lines(guards, tasks, budget)
     folder = _folder_of(tuned)
@@ -111,42 +110,55 @@ def repair(
             else Whole(loaded.model, _folder_of(base), folder, files)
         )
 
-        def score(probe: Probe) -> list[Example]:
-            return score_rows(
-                mix.model,
-                loaded.tokenizer,
-                probe.rows,
-                probe.item.score,
-                batch_size=batch_size,
-                max_new_tokens=probe.item.max_new_tokens,
-                max_length=context_length(loaded.model, DEFAULT_LENGTH),
-            )
-
-        progress.phase("the base model's scores", 0, "trials")
-        mix.move(0.0)
-        before = {
-            (probe.kind, probe.index): score(probe) for line in chosen for probe in line.probes
-        }
-        progress.phase("the step inside the budget", 0, "trials")
-        step, tried = find_step(
-            mix.move,
-            chosen,
-            score,
-            lambda probe: [before[probe.kind, probe.index][i] for i in probe.ids],
-            confidence=budget.confidence,
-            seed=seed,
-            tick=progress.advance,
-        )
+        step, tried = _find(mix, loaded.tokenizer, chosen, budget, seed, batch_size, progress)
         name = Path(tuned).name or tuned
         seconds = time.monotonic() - began
         frontier = Frontier(task=name, index=0, mix=step, cut=0.0, tried=tried, seconds=seconds)
         with new_folder(out, replace=False) as filled:
-            mix.write(filled, step)
+            for file in sorted(folder.glob(WEIGHTS)):
+                write_like(file, filled / file.name, lambda name: mix.mixed(name, step))
             _copy_the_rest(folder, filled)
             said = {"base": base, "tuned": tuned, "budget": budget.model_dump()}
             told = {**said, **frontier.model_dump(mode="json")}
             write_atomic(filled / "repair.json", json.dumps(told, indent=1).encode())
     return Repaired(out, frontier)
+
+
+def _find(
+    mix: Mix,
+    tokenizer: Any,
+    chosen: Sequence[Line],
+    budget: BudgetRecipe,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+) -> tuple[float, list[Tried]]:
+    """The step inside the budget, and all that was tried."""
+
+    def score(probe: Probe) -> list[Example]:
+        return score_rows(
+            mix.model,
+            tokenizer,
+            probe.rows,
+            probe.item.score,
+            batch_size=batch_size,
+            max_new_tokens=probe.item.max_new_tokens,
+            max_length=context_length(mix.model, DEFAULT_LENGTH),
+        )
+
+    progress.phase("the base model's scores", 0, "trials")
+    mix.move(0.0)
+    before = {(probe.kind, probe.index): score(probe) for line in chosen for probe in line.probes}
+    progress.phase("the step inside the budget", 0, "trials")
+    return find_step(
+        mix.move,
+        chosen,
+        score,
+        lambda probe: [before[probe.kind, probe.index][i] for i in probe.ids],
+        confidence=budget.confidence,
+        seed=seed,
+        tick=progress.advance,
+    )
 
 
 def _lines(guards: Sequence[Guard], tasks: Sequence[Guard], budget: BudgetRecipe) -> list[Line]:
@@ -168,22 +180,15 @@ def _lines(guards: Sequence[Guard], tasks: Sequence[Guard], budget: BudgetRecipe
 
 
 def _folder_of(model: str) -> Path:
-    """Where a model's files are; from the hub they are fetched."""
-    if model == models.DEMO:
-        return models.demo_folder()
-    path = Path(model).expanduser()
-    if path.exists():
-        if not any(path.glob(WEIGHTS)):
-            raise ModelError(f"{model} holds no .safetensors, which a repair reads and writes.")
-        return path
-    try:
-        return Path(huggingface_hub.snapshot_download(model, ignore_patterns=list(LEFT_OUT[1:])))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"Model {model!r} is no folder here and cannot be had from the hub ({reason}); check "
-            "the name, log in if it is private, or give a folder when offline."
-        ) from error
+    """Where a model's files are.
+
+    Raises:
+        ModelError: It is not there, or has no safetensors.
+    """
+    folder = models.files_of(model, without=LEFT_OUT[1:])
+    if not any(folder.glob(WEIGHTS)):
+        raise ModelError(f"{model} holds no .safetensors, which a repair reads and writes.")
+    return folder
 
 
 def _copy_the_rest(source: Path, target: Path) -> None:
@@ -240,7 +245,8 @@ class Whole:
         tensor: Tensor = side[name].get_tensor(name)
         return tensor
 
-    def _mixed(self, name: str, mix: float) -> Tensor:
+    def mixed(self, name: str, mix: float) -> Tensor:
+        """A weight, between those of both files."""
         after = self._read(name, self._after)
         if mix == 1 or not after.is_floating_point():
             return after
@@ -254,12 +260,7 @@ class Whole:
     def move(self, mix: float) -> None:
         """Set the model's weights; in the precision in which they would be written."""
         for name in self._after:
-            self._targets[name].copy_(self._mixed(name, mix))
-
-    def write(self, folder: Path, mix: float) -> None:
-        """Write files like those of the tuned model."""
-        for file in sorted(self._tuned.glob(WEIGHTS)):
-            write_like(file, folder / file.name, lambda name: self._mixed(name, mix))
+            self._targets[name].copy_(self.mixed(name, mix))
 
 
 def _opened(folder: Path, files: ExitStack) -> dict[str, Any]:
@@ -296,13 +297,13 @@ class Adapter:
                 f"{tuned} {what}, and only a plain LoRA adapter can be scaled. Merge it into its "
                 "base model (merge_and_unload), save that, and give its folder."
             )
-        self._tuned = tuned
         self._after = _opened(tuned, files)
         self.model = peft.PeftModel.from_pretrained(model, tuned)
         names = {_in_file(name): p for name, p in self.model.named_parameters()}
         self._targets = {n: p for n, p in names.items() if n in self._after and _is_scaled(n)}
 
-    def _mixed(self, name: str, mix: float) -> Tensor:
+    def mixed(self, name: str, mix: float) -> Tensor:
+        """A factor; B times the share."""
         tensor: Tensor = self._after[name].get_tensor(name)
         return (tensor.float() * mix).to(tensor.dtype) if _is_scaled(name) else tensor
 
@@ -310,12 +311,7 @@ class Adapter:
     def move(self, mix: float) -> None:
         """Scale the update."""
         for name, parameter in self._targets.items():
-            parameter.copy_(self._mixed(name, mix))
-
-    def write(self, folder: Path, mix: float) -> None:
-        """Write files like those of the adapter."""
-        for file in sorted(self._tuned.glob(WEIGHTS)):
-            write_like(file, folder / file.name, lambda name: self._mixed(name, mix))
+            parameter.copy_(self.mixed(name, mix))
 
 
 def _in_file(name: str) -> str:
