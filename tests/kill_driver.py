@@ -30,17 +30,10 @@ torch.set_num_threads(1)
 kept.BLOCK = 5  # rows in a file, so that there are some
 
 
-def rows(task: int) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
-        for i in range(12)
-    ]
-
-
 def recipe(root: Path, out: Path, tasks: int) -> Any:
     for task in range(tasks):
         file = root / f"task{task}.jsonl"
-        file.write_text("".join(json.dumps(r) + "\n" for r in rows(task)))
+        pico.write_rows(file, pico.questions(task, 12))
     names = [str(root / f"task{task}.jsonl") for task in range(tasks)]
     return parse_recipe(
         {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import string
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,17 @@ def tiny_folder(tmp_path: Path, *, chat: bool = False, seed: int = 0) -> Path:
     causal_lm(seed=seed).save_pretrained(folder)
     tokenizer(chat=chat).save_pretrained(folder)
     return folder
+
+
+def questions(task: int, n: int) -> list[dict[str, str]]:
+    """Rows of a task, each with a letter of its own for an answer."""
+    return [
+        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
+        for i in range(n)
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
+    """Write rows to a .jsonl file and return its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

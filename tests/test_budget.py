@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -126,19 +125,11 @@ def test_the_update_of_lora_moves_in_a_straight_line() -> None:
 # -- a whole run ----------------------------------------------------------------------------------
 
 
-def rows(task: int, n: int = 16) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
-        for i in range(n)
-    ]
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     pico.tiny_folder(tmp_path)
     for task in range(2):
-        text = "".join(json.dumps(row) + "\n" for row in rows(task))
-        (tmp_path / f"t{task}.jsonl").write_text(text)
+        pico.write_rows(tmp_path / f"t{task}.jsonl", pico.questions(task, 16))
     # Letters that training makes less likely.
     (tmp_path / "old.txt").write_text("ZYXWVUTSRQPONMLKJIHGFEDCBAZYXWVUQWERTZUI\n" * 400)
     return tmp_path
@@ -227,9 +218,9 @@ def test_a_run_killed_while_it_looks_for_the_step_goes_on_to_the_same_end(
 def test_fit_takes_both_settings(tmp_path: Path) -> None:
     fitted = fit(
         pico.causal_lm(),
-        {"a": (rows(0), rows(0))},
+        {"a": (pico.questions(0, 16), pico.questions(0, 16))},
         tokenizer=pico.tokenizer(),
-        guards={"old": rows(7)},
+        guards={"old": pico.questions(7, 16)},
         out=tmp_path / "run",
         trainer={"max_steps": 2, "per_device_train_batch_size": 8},
         watch={"every": 1, "max_overhead": 1.0, "lines": {"old": 3}},
@@ -240,9 +231,9 @@ def test_fit_takes_both_settings(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="budget names 'odl'"):
         fit(
             pico.causal_lm(),
-            {"a": (rows(0), rows(0))},
+            {"a": (pico.questions(0, 16), pico.questions(0, 16))},
             tokenizer=pico.tokenizer(),
-            guards={"old": rows(7)},
+            guards={"old": pico.questions(7, 16)},
             out=tmp_path / "other",
             budget={"odl": 100},
         )

@@ -184,9 +184,7 @@ def test_what_is_not_tuned_from_the_base_is_refused(home: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=f"do not hold the same weights .{first} is in one alone"):
         run(home)
-    with pytest.raises(
-        ModelError, match="'nobody/nothing' is no folder here and cannot be"
-    ):
+    with pytest.raises(ModelError, match="'nobody/nothing' is no folder here and cannot be"):
         module.repair(
             str(home / "base"), "nobody/nothing", home / "out",
             guards=[guard()], budget=budget(wiki=0.2), progress=Silent(),

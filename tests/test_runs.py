@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 from pathlib import Path
@@ -34,24 +33,12 @@ from keeptune.runs import learn, run
 TRAINER = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01}
 
 
-def rows(task: int, n: int = 8) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
-        for i in range(n)
-    ]
-
-
-def write(path: Path, lines: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     pico.tiny_folder(tmp_path)
     for task in range(3):
-        write(tmp_path / f"train{task}.jsonl", rows(task))
-        write(tmp_path / f"eval{task}.jsonl", rows(task, 4))
+        pico.write_rows(tmp_path / f"train{task}.jsonl", pico.questions(task, 8))
+        pico.write_rows(tmp_path / f"eval{task}.jsonl", pico.questions(task, 4))
     return tmp_path
 
 
@@ -77,7 +64,7 @@ def recipe(home: Path, *, count: int = 2, **changes: Any) -> Recipe:
 
 
 def test_a_run_fills_a_square_r_with_row_0(home: Path) -> None:
-    guard = write(home / "guard.jsonl", rows(9, 5))
+    guard = pico.write_rows(home / "guard.jsonl", pico.questions(9, 5))
     folder = run(recipe(home, guards=[{"name": "old", "eval": guard}], methods=["replay"]))
     assert folder.info.status == "done"
     assert folder.matrix("task").shape == (3, 2)
@@ -86,7 +73,7 @@ def test_a_run_fills_a_square_r_with_row_0(home: Path) -> None:
     cell = folder.cell(2, "task", 1)
     assert cell is not None
     assert [e.expected.strip() for e in cell.examples] == [
-        r["completion"].strip() for r in rows(1, 4)
+        r["completion"].strip() for r in pico.questions(1, 4)
     ]
     assert folder.evidence()[1].methods[0].values["rows_replayed"] > 0
     phases = {p.phase for p in folder.cost().phases}
@@ -105,7 +92,7 @@ def test_row_0_is_taken_over_from_a_run_on_the_same_model_and_data(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(recipe(home))
-    write(home / "eval1.jsonl", rows(8, 4))
+    pico.write_rows(home / "eval1.jsonl", pico.questions(8, 4))
     scored: list[str] = []
     original = loop.Loop._score
     monkeypatch.setattr(
@@ -152,10 +139,13 @@ def test_learn_refuses_a_name_that_is_taken_and_an_unfinished_run(home: Path) ->
 def test_fit_works_with_objects_in_a_notebook(tmp_path: Path) -> None:
     fitted = fit(
         pico.causal_lm(),
-        {"a": (rows(0), rows(0)), "b": (rows(1), rows(1))},
+        {
+            "a": (pico.questions(0, 8), pico.questions(0, 8)),
+            "b": (pico.questions(1, 8), pico.questions(1, 8)),
+        },
         tokenizer=pico.tokenizer(),
         methods=[EWC(strength=10), Replay()],
-        guards={"old": rows(7)},
+        guards={"old": pico.questions(7, 8)},
         adapter=peft.LoraConfig(r=4, target_modules="all-linear"),
         out=tmp_path / "run",
         trainer=TRAINER,
@@ -170,7 +160,7 @@ def test_task_lora_serves_each_task_with_its_own_adapter(tmp_path: Path) -> None
     probe = torch.tensor([[7, 8, 9, 10]])
     fitted = fit(
         model,
-        {f"t{i}": (rows(i), rows(i)) for i in range(3)},
+        {f"t{i}": (pico.questions(i, 8), pico.questions(i, 8)) for i in range(3)},
         tokenizer=pico.tokenizer(),
         methods=[TaskLoRA()],
         adapter=peft.LoraConfig(r=4, target_modules="all-linear"),
@@ -197,10 +187,10 @@ def distinct(task: int, n: int = 8) -> list[dict[str, str]]:
 
 def test_a_question_of_unknown_task_is_answered_by_the_adapter_of_its_task(home: Path) -> None:
     for task in range(2):
-        write(home / f"train{task}.jsonl", distinct(task))
-        write(home / f"eval{task}.jsonl", distinct(task))
+        pico.write_rows(home / f"train{task}.jsonl", distinct(task))
+        pico.write_rows(home / f"eval{task}.jsonl", distinct(task))
     mixed = [row for pair in zip(distinct(0), distinct(1), strict=True) for row in pair]
-    guard = {"name": "mixed", "eval": write(home / "mixed.jsonl", mixed)}
+    guard = {"name": "mixed", "eval": pico.write_rows(home / "mixed.jsonl", mixed)}
     asked = recipe(
         home,
         adapter={"kind": "lora", "rank": 4},
@@ -264,7 +254,7 @@ def test_a_classifier_learns_tasks_from_a_recipe(home: Path) -> None:
     tasks = []
     for i in range(2):
         data = [{"text": f"{i} {c}", "label": "yes" if c in "abcd" else "no"} for c in "abcdefgh"]
-        tasks.append({"name": f"c{i}", "train": write(home / f"c{i}.jsonl", data)})
+        tasks.append({"name": f"c{i}", "train": pico.write_rows(home / f"c{i}.jsonl", data)})
         tasks[-1]["eval"] = tasks[-1]["train"]
     asked = recipe(
         home,
@@ -329,7 +319,7 @@ def test_a_leak_is_warned_of_with_its_count(home: Path) -> None:
 
 def test_rows_longer_than_the_context_are_counted(home: Path) -> None:
     long = [{"prompt": "x" * 600 + f"{i}:", "completion": " a"} for i in range(4)]
-    write(home / "train0.jsonl", long + rows(0))
+    pico.write_rows(home / "train0.jsonl", long + pico.questions(0, 8))
     found = inspect(recipe(home))
     assert any("4 cut to 512" in line for line in found.lines)
 
@@ -352,7 +342,7 @@ def test_resume_refuses_another_recipe_and_other_data(home: Path) -> None:
     run(recipe(home))
     with pytest.raises(FolderError, match="belongs to another recipe: seed differ"):
         run(recipe(home, seed=1), resume=True)
-    write(home / "train0.jsonl", rows(5))
+    pico.write_rows(home / "train0.jsonl", pico.questions(5, 8))
     with pytest.raises(DataError, match="train rows of task 't0' changed"):
         run(recipe(home), resume=True)
 

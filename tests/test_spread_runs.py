@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -27,13 +26,6 @@ from keeptune.recipe import load_recipe
 HERE = Path(__file__).parent
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 NEAR = 1e-4  # of each tensor's largest value
-
-
-def rows(task: int) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
-        for i in range(16)
-    ]
 
 
 def write_recipe(root: Path, name: str, **trainer: Any) -> None:
@@ -69,7 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pico.tiny_folder(root)
     for task in range(3):
         file = root / f"task{task}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows(task)))
+        pico.write_rows(file, pico.questions(task, 16))
     write_recipe(root, "one", per_device_train_batch_size=4)
     for name in ("ddp", "stopped"):
         write_recipe(root, name, per_device_train_batch_size=2)

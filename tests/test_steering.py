@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,11 @@ TRAINER = {
 }  # fmt: skip
 
 
-def rows(task: int, n: int = 16) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{task}{i}:", "completion": f" {chr(97 + (5 * i + task) % 26)}"}
-        for i in range(n)
-    ]
-
-
-def write(path: Path, lines: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     pico.tiny_folder(tmp_path)
     for task in range(2):
-        write(tmp_path / f"t{task}.jsonl", rows(task))
+        pico.write_rows(tmp_path / f"t{task}.jsonl", pico.questions(task, 16))
     (tmp_path / "old.txt").write_text("The committee met on Tuesday and left.\n" * 200)
     return tmp_path
 
