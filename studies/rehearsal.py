@@ -28,7 +28,7 @@ from keeptune.stream import Task
 from lines import Run, Runs, by_method
 from smollm import COMMON, adapter, fitted, kept, shares, summary
 from smollm import tasks as facts
-from stages import command_line, report, run
+from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -204,22 +204,5 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     yield f"{np.median([sum(run['seconds'].values()) for run in found]):.0f}"
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = command_line(__doc__, PAGE, METHODS)
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
-    args = parser.parse_args()
-    if args.stage == "report":
-        report(args.out, PAGE, tables)
-        return
-    jobs = [
-        {"stream": stream, "method": method, "seed": seed}
-        for seed in args.seeds
-        for stream in args.streams
-        for method in args.methods
-    ]
-    run(jobs, args.out, args.folders, execute, "R", "G", "seconds")
-
-
 if __name__ == "__main__":
-    main()
+    study(__doc__, PAGE, METHODS, tables, execute, ("stream", "--streams", STREAMS))

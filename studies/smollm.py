@@ -35,7 +35,7 @@ from keeptune.rows import read_rows
 from keeptune.stream import Task
 from keeptune.streams import names
 from lines import Run, Runs, by_method, on, over, paired, points
-from stages import command_line, report, run
+from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -213,22 +213,5 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     yield f"{median(sum(run['seconds'].values()) for run in found):.0f}"
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = command_line(__doc__, PAGE, METHODS)
-    parser.add_argument("--weights", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    args = parser.parse_args()
-    if args.stage == "report":
-        report(args.out, PAGE, tables)
-        return
-    jobs = [
-        {"weights": weights, "method": method, "seed": seed}
-        for seed in args.seeds
-        for weights in args.weights
-        for method in args.methods
-    ]
-    run(jobs, args.out, args.folders, execute, "R", "G", "seconds")
-
-
 if __name__ == "__main__":
-    main()
+    study(__doc__, PAGE, METHODS, tables, execute, ("weights", "--weights", TRAINERS))

@@ -60,3 +60,37 @@ def run(
 def report(out: Path, page: Path, tables: Callable[[Runs], dict[str, str]]) -> None:
     """Put the tables of all runs between the page's markers."""
     write(page, tables(read(out)))
+
+
+def study(
+    about: str,
+    page: Path,
+    methods: Collection[str],
+    tables: Callable[[Runs], dict[str, str]],
+    execute: Callable[..., Run],
+    axis: tuple[str, str, Collection[str]],
+) -> None:
+    """Both stages of a study that varies the method, the seed and one thing more.
+
+    Args:
+        about: As in `command_line`.
+        page: As in `command_line`.
+        methods: As in `command_line`.
+        tables: As in `report`.
+        execute: As in `run`; its line has R, G and seconds.
+        axis: The thing's field in a line, its option, and what it can be.
+    """
+    field, option, choices = axis
+    parser = command_line(about, page, methods)
+    parser.add_argument(option, dest="axis", nargs="+", choices=choices, default=list(choices))
+    args = parser.parse_args()
+    if args.stage == "report":
+        report(args.out, page, tables)
+        return
+    jobs = [
+        {field: chosen, "method": method, "seed": seed}
+        for seed in args.seeds
+        for chosen in args.axis
+        for method in args.methods
+    ]
+    run(jobs, args.out, args.folders, execute, "R", "G", "seconds")
