@@ -33,7 +33,7 @@ from keeptune.rows import read_rows
 from keeptune.runs import learn, run
 from keeptune.session import open_session, read_plan
 from keeptune.tokens import prompt_ids
-from test_runs import TRAINER, home, recipe, rows, write
+from test_runs import TRAINER, home, recipe
 
 __all__ = ["home"]
 LORA = {"kind": "lora", "rank": 4}
@@ -73,7 +73,7 @@ def alone(cls: str, folder: Path, ids: list[Ids]) -> list[torch.Tensor]:
 
 
 def asked(task: int) -> list[Ids]:
-    data = read_rows(rows(task, 4))
+    data = read_rows(pico.questions(task, 4))
     return [prompt_ids(row, data.shape, pico.tokenizer()) for row in data.rows]
 
 
@@ -85,7 +85,7 @@ def again(done: Exported) -> Any:
 
 
 def scores(model: Any, task: int) -> list[tuple[str, float]]:
-    data = read_rows(rows(task, 4))
+    data = read_rows(pico.questions(task, 4))
     found = score_rows(
         model, pico.tokenizer(), data, "exact_match", max_new_tokens=None, batch_size=16
     )
@@ -181,7 +181,7 @@ def test_a_classifier_is_exported_whole(home: Path, adapter: Any) -> None:
     model.save_pretrained(home / "classifier")
     pico.tokenizer().save_pretrained(home / "classifier")
     data = [{"text": f"{c}{c}", "label": "yes" if c in "abcd" else "no"} for c in "abcdefgh"]
-    file = write(home / "c.jsonl", data)
+    file = pico.write_rows(home / "c.jsonl", data)
     folder = run(
         recipe(
             home,
@@ -232,7 +232,7 @@ def test_a_task_learned_later_is_exported_too(home: Path) -> None:
 
 def test_the_folder_is_whole_and_says_what_it_is(home: Path) -> None:
     pico.tokenizer(chat=True).save_pretrained(home / "tiny")
-    guard = write(home / "guard.jsonl", rows(9, 5))
+    guard = pico.write_rows(home / "guard.jsonl", pico.questions(9, 5))
     methods = [{"ewc": {"strength": 7.5}}]
     guards = [{"name": "old facts", "eval": guard}]
     folder = run(recipe(home, methods=methods, adapter=LORA, guards=guards))
@@ -310,7 +310,7 @@ def test_a_run_that_learned_nothing_and_one_of_objects_are_refused(home: Path) -
     refused(FolderError, "has learned no task yet", folder.path, home / "out")
     fitted = fit(
         pico.causal_lm(),
-        {"a": (rows(0), rows(0))},
+        {"a": (pico.questions(0, 8), pico.questions(0, 8))},
         tokenizer=pico.tokenizer(),
         out=home / "objects",
         trainer=TRAINER,
