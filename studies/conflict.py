@@ -26,7 +26,7 @@ from keeptune.results import load
 from keeptune.streams import people
 from lines import Run, Runs, by_method, over, paired, points
 from smollm import adapter, fitted, kept
-from stages import command_line, report, run
+from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -120,15 +120,5 @@ def _before(found: Runs, plain: Runs) -> Iterator[str]:
         yield points(over(found, value))
 
 
-def main() -> None:
-    """Read the command line."""
-    args = command_line(__doc__, PAGE, METHODS).parse_args()
-    if args.stage == "report":
-        report(args.out, PAGE, tables)
-        return
-    jobs = [{"method": method, "seed": seed} for seed in args.seeds for method in args.methods]
-    run(jobs, args.out, args.folders, execute, "answers", "G", "seconds")
-
-
 if __name__ == "__main__":
-    main()
+    study(__doc__, PAGE, METHODS, tables, execute, shown=("answers", "G", "seconds"))

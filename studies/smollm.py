@@ -214,4 +214,4 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    study(__doc__, PAGE, METHODS, tables, execute, ("weights", "--weights", TRAINERS))
+    study(__doc__, PAGE, METHODS, tables, execute, axis=("weights", "--weights", list(TRAINERS)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from lines import Run, Runs, append, read, write
@@ -68,29 +68,33 @@ def study(
     methods: Collection[str],
     tables: Callable[[Runs], dict[str, str]],
     execute: Callable[..., Run],
-    axis: tuple[str, str, Collection[str]],
+    *,
+    axis: tuple[str, str, Collection[str]] | None = None,
+    shown: Sequence[str] = ("R", "G", "seconds"),
 ) -> None:
-    """Both stages of a study that varies the method, the seed and one thing more.
+    """Both stages of a study that varies the method, the seed, and perhaps one thing more.
 
     Args:
         about: As in `command_line`.
         page: As in `command_line`.
         methods: As in `command_line`.
         tables: As in `report`.
-        execute: As in `run`; its line has R, G and seconds.
-        axis: The thing's field in a line, its option, and what it can be.
+        execute: As in `run`.
+        axis: The further thing's field in a line, its option, and what it can be.
+        shown: As in `run`.
     """
-    field, option, choices = axis
     parser = command_line(about, page, methods)
-    parser.add_argument(option, dest="axis", nargs="+", choices=choices, default=list(choices))
+    if axis is not None:
+        parser.add_argument(axis[1], dest="axis", nargs="+", choices=axis[2], default=axis[2])
     args = parser.parse_args()
     if args.stage == "report":
         report(args.out, page, tables)
         return
+    places: list[Run] = [{axis[0]: chosen} for chosen in args.axis] if axis else [{}]
     jobs = [
-        {field: chosen, "method": method, "seed": seed}
+        {**place, "method": method, "seed": seed}
         for seed in args.seeds
-        for chosen in args.axis
+        for place in places
         for method in args.methods
     ]
-    run(jobs, args.out, args.folders, execute, "R", "G", "seconds")
+    run(jobs, args.out, args.folders, execute, *shown)

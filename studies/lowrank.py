@@ -1,0 +1,91 @@
+"""Study: low-rank, isolating and combined methods on four tasks, SmolLM2-135M with LoRA.
+
+    python studies/lowrank.py run       # every method and seed: two minutes a run
+    python studies/lowrank.py report    # tables into studies/lowrank.md
+
+Four tasks of names and cities, one guard of capitals. Each run goes through `keeptune.fit`; its
+summary becomes one JSON line. Runs whose line is there are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from keeptune.folder import RunFolder
+from labels import labels
+from lines import Run, Runs, by_method
+from smollm import COMMON, adapter, fitted, kept, shares, summary
+from stages import study
+
+PAGE = Path(__file__).with_suffix(".md")
+
+TASKS, EVAL, KEPT_ROWS = 4, 40, 100
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "inc_lora": {"inc_lora": {}},
+    "olora": {"olora": {}},
+    "replay": {"replay": {"ratio": 0.25, "size": KEPT_ROWS}},
+    "ilora": {"ilora": {"rows": 2, "size": KEPT_ROWS}},
+    "task_lora": {"task_lora": {"unknown": "nearest"}},
+    "ewc + replay": {
+        "ewc": {"strength": "auto"},
+        "replay": {"ratio": 0.25, "size": KEPT_ROWS},
+    },
+    "ewc + lwf": {"ewc": {"strength": "auto"}, "lwf": {}},
+    "ilora + label_smoothing": {"ilora": {"rows": 2, "size": KEPT_ROWS}, "label_smoothing": {}},
+    "olora + replay": {"olora": {}, "replay": {"ratio": 0.25, "size": KEPT_ROWS}},
+    "packnet + label_smoothing": {"packnet": {}, "label_smoothing": {}},
+    "pseudo_replay + lwf": {"pseudo_replay": {"ratio": 0.25, "distil": 1.0}, "lwf": {}},
+    "task_lora + retrieval": {"task_lora": {"unknown": "nearest"}, "retrieval": {}},
+}
+# One pass is enough for plain training to learn each task.
+TRAINER: dict[str, Any] = {**COMMON, "learning_rate": 1e-3, "num_train_epochs": 1}
+
+
+def execute(method: str, seed: int, folder: Path) -> Run:
+    """One run into a new folder, and what its line says."""
+    capitals, _ = kept()
+    done = fitted(
+        labels(TASKS, EVAL),
+        METHODS[method],
+        seed,
+        folder,
+        known=[capitals],
+        trainer=TRAINER,
+        lora=adapter(),
+    )
+    return summary(done) | {"routed": routed(done)}
+
+
+def routed(folder: RunFolder) -> float | None:
+    """Share of questions, in the end, whose task was told from them; each task has as many."""
+    found = folder.routes(TASKS)
+    if found is None:
+        return None
+    return sum(found.right(task.name) for task in folder.info.tasks) / TASKS
+
+
+HEAD = (
+    "| | learned | average | against plain | forgotten | guard kept | against plain "
+    "| task told from the question | stored, MB | seconds |"
+)
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """What each method learned, forgot and kept, and what it costs."""
+    return {"methods": by_method(HEAD, runs, METHODS, _cells)}
+
+
+def _cells(found: Runs, plain: Runs) -> Iterator[str]:
+    yield from shares(found, plain)
+    right = [run["routed"] for run in found if run["routed"] is not None]
+    yield f"{100 * sum(right) / len(right):.0f}" if right else ""
+    yield f"{median(sum(run['stored_bytes'].values()) for run in found) / 1e6:.1f}"
+    yield f"{median(sum(run['seconds'].values()) for run in found):.0f}"
+
+
+if __name__ == "__main__":
+    study(__doc__, PAGE, METHODS, tables, execute)
