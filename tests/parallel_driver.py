@@ -31,6 +31,7 @@ import pico
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
 from keeptune.methods._anchor.shards import Spec, local, part, spec_of, sum_over_shards, whole
+from keeptune.methods.adapters import Adapters
 from keeptune.methods.agem import AGEM
 from keeptune.methods.der import DER
 from keeptune.methods.der_pp import DERpp
@@ -55,13 +56,19 @@ from keeptune.methods.mixture import Mixture
 from keeptune.methods.olora import OLoRA
 from keeptune.methods.osf import OSF
 from keeptune.methods.packnet import PackNet
+from keeptune.methods.progressive import Progressive
+from keeptune.methods.progressive_prompts import ProgressivePrompts
+from keeptune.methods.prompt import PromptTuning
 from keeptune.methods.pseudo_replay import PseudoReplay
 from keeptune.methods.replay import Replay
+from keeptune.methods.retrieval import Retrieval
+from keeptune.methods.self_rewrite import SelfRewrite
+from keeptune.methods.seq_star import SeqStar
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.methods.wise import WiSE
 from keeptune.tokens import collate
-from keeptune.trainers import TextTrainer, build_trainer
+from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
 
 PROCESSES, BATCH, STEPS, RATE = 2, 8, 4, 1e-2
 Tensors = dict[str, Tensor]
@@ -168,11 +175,13 @@ class Case:
     Attributes:
         methods: Makes it anew.
         lora: Whether only an adapter is trained.
+        classes: Of a classifier, each task having its share of them; 0 for a language model.
         places: Where it is compared with "single".
     """
 
     methods: Callable[[], list[Method]] = list
     lora: bool = False
+    classes: int = 0
     places: tuple[str, ...] = EVERYWHERE
 
 
@@ -207,7 +216,7 @@ CASES = {
     "lwf": Case(lambda: [LwF(strength=20.0, temperature=1.0)], places=WHOLE),
     "lwf, recorded": Case(lambda: [LwF(strength=20.0, targets="recorded")]),
     "kl_base, LoRA": Case(lambda: [KLBase(strength=20.0)], lora=True, places=WHOLE),
-    "eaft": Case(lambda: [EAFT(top_k=5)], places=("accumulated", "ddp")),
+    "eaft": Case(lambda: [EAFT(top_k=5)], places=("accumulated", "ddp", "fsdp")),
     "label_smoothing": Case(lambda: [LabelSmoothing()], places=("accumulated", "ddp", "fsdp")),
     "der_pp": Case(lambda: [DERpp(rows=5, strength=5.0)], places=WHOLE),
     # In bf16 another token would be drawn where two are nearly as likely.
@@ -240,6 +249,16 @@ CASES = {
     "joint": Case(lambda: [Joint(), Backwards()]),
     "inc_lora": Case(lambda: [IncLoRA()], lora=True, places=("ddp",)),
     "merge": Case(lambda: [Merge(form="slerp")], places=WHOLE),
+    "adapters, added weights": Case(lambda: [Adapters(rank=4)], places=("ddp",)),
+    "progressive, added weights": Case(lambda: [Progressive(rank=4)], places=("ddp",)),
+    "progressive_prompts, added weights": Case(lambda: [ProgressivePrompts()], places=("ddp",)),
+    "prompt, added weights": Case(lambda: [PromptTuning()], places=("ddp",)),
+    "retrieval": Case(lambda: [Retrieval()], places=("ddp", "fsdp")),
+    # Enough tokens to draw from that some texts end.
+    "self_rewrite": Case(
+        lambda: [SelfRewrite(agree="any", top_k=100), Backwards()], places=("ddp",)
+    ),
+    "seq_star, classifier": Case(lambda: [SeqStar()], classes=4, places=("ddp",)),
 }
 
 
@@ -265,13 +284,22 @@ REFUSED = {
     "olora": "The method 'olora' adds weights to a model that FSDP has sharded",
     "osf": "The method 'osf' needs whole matrices, but FSDP",
     "merge": "The method 'merge' needs whole weights, but FSDP",
+    "adapters, added weights": "The method 'adapters' cannot choose what is trained while FSDP",
+    "progressive, added weights": "The methods progressive add weights to a model",
+    "progressive_prompts, added weights": "The method 'progressive_prompts' cannot choose what",
+    "prompt, added weights": "The method 'prompt' cannot choose what is trained while FSDP",
+    "self_rewrite": "The method 'self_rewrite' cannot let the model write while FSDP",
+    "seq_star, classifier": "seq_star holds rows of the classifier, which FSDP cuts into shards",
 }
 
 
-def rows(task: int) -> Dataset:
+def rows(task: int, classes: int = 0) -> Dataset:
     """Answers of different lengths, so that a mean of the processes' means would be wrong."""
     g = torch.Generator().manual_seed(task)
     ids = torch.randint(6, pico.VOCAB, (BATCH * STEPS, 10), generator=g).tolist()
+    if classes:
+        own = torch.randint(classes // 2, (BATCH * STEPS,), generator=g) + task * classes // 2
+        return Dataset.from_dict({"input_ids": ids, "labels": own.tolist()})
     answers = torch.randint(3, 9, (BATCH * STEPS,), generator=g).tolist()
     labels = [[-100] * cut + row[cut:] for row, cut in zip(ids, answers, strict=True)]
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
@@ -296,9 +324,9 @@ def fresh_accelerator(*, fsdp: bool) -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trainer_of(case: Case, place: Place, folder: Path) -> TextTrainer:
+def trainer_of(case: Case, place: Place, folder: Path) -> TextTrainer | ClassifierTrainer:
     """The trainer of `keeptune run`, for the pico Llama."""
-    model: Any = pico.causal_lm()
+    model: Any = pico.classifier(case.classes) if case.classes else pico.causal_lm()
     if case.lora:
         model = pico.adapted(model)
     tokenizer = pico.tokenizer(chat=True)
@@ -317,14 +345,18 @@ def trainer_of(case: Case, place: Place, folder: Path) -> TextTrainer:
         "seed": 0,
         **place.settings,
     }
-    trainer = build_trainer(
-        "causal_lm", model, tokenizer, rows(0), case.methods(), settings, collate(tokenizer)
+    return build_trainer(
+        "classification" if case.classes else "causal_lm",
+        model,
+        tokenizer,
+        rows(0, case.classes),
+        case.methods(),
+        settings,
+        collate(tokenizer),
     )
-    assert isinstance(trainer, TextTrainer)
-    return trainer
 
 
-def outcome(trainer: TextTrainer) -> Tensors:
+def outcome(trainer: TextTrainer | ClassifierTrainer) -> Tensors:
     """The trained weights, and what each method keeps, all whole."""
     assert trainer.ctx is not None
     kept = {f"weights/{n}": whole(local(p), spec_of(p)) for n, p in trained(trainer).items()}
@@ -334,7 +366,7 @@ def outcome(trainer: TextTrainer) -> Tensors:
     return {n: t.detach().clone() for n, t in kept.items()}
 
 
-def trained(trainer: TextTrainer) -> dict[str, torch.nn.Parameter]:
+def trained(trainer: TextTrainer | ClassifierTrainer) -> dict[str, torch.nn.Parameter]:
     """The weights that the methods see."""
     assert trainer.ctx is not None
     return trainer.ctx.trainable()
@@ -351,7 +383,7 @@ def run(case: Case, place: Place, folder: Path) -> Tensors:
         begun = trainer.model.named_parameters()
         found = {f"start/weights/{n}": p.detach().clone() for n, p in begun if p.requires_grad}
         for task in (0, 1):
-            trainer.learn(f"t{task}", rows(task))
+            trainer.learn(f"t{task}", rows(task, case.classes))
             assert all(isinstance(p, DTensor) == fsdp for p in trained(trainer).values())
             found |= {f"{task}/{n}": t for n, t in outcome(trainer).items()}
         return found
