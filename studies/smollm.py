@@ -102,6 +102,7 @@ def fitted(
     known: list[Guard],
     trainer: dict[str, Any],
     lora: LoraConfig | None,
+    budget: dict[str, float] | None = None,
 ) -> RunFolder:
     """Train SmolLM2-135M on a stream, and delete the weights; everything else stays.
 
@@ -113,6 +114,7 @@ def fitted(
         known: What it knows before.
         trainer: Settings of the trainer.
         lora: None for all weights.
+        budget: What may be lost, as in a recipe.
     """
     shutil.rmtree(folder, ignore_errors=True)
     loaded = models.load("demo")
@@ -127,6 +129,7 @@ def fitted(
         trainer=trainer,
         seed=seed,
         eval_batch_size=64,
+        budget=budget,
     )
     shutil.rmtree(folder / "state")
     return done.folder
