@@ -4,8 +4,8 @@
     python studies/lowrank.py report    # tables into studies/lowrank.md
 
 Four tasks of 32 facts each: names of countries in three languages, and telephone codes; one guard
-of capitals. Each run goes through `keeptune.fit`; its summary becomes one JSON line. Runs whose line
-is there are skipped.
+of capitals. Each run goes through `keeptune.fit`; its summary becomes one JSON line. Runs whose
+line is there are skipped.
 """
 
 from __future__ import annotations
