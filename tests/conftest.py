@@ -18,6 +18,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)
 
+WAITING = ("test_parallel.py", "test_compare_kill.py", "test_kill.py", "test_spread_runs.py")
+
 
 class _Together(LoadScopeScheduling):  # type: ignore[misc]
     """Of several processes one has all tests of a file, because they share what is made once.
@@ -34,7 +36,13 @@ class _Together(LoadScopeScheduling):  # type: ignore[misc]
 
 @pytest.hookimpl(optionalhook=True)  # unknown where xdist is not used
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Together:
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests
     return _Together(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What waits for processes of its own comes first, or one would work on alone in the end.
+    items.sort(key=lambda item: item.path.name not in WAITING)
 
 
 def pytest_collection_finish() -> None:

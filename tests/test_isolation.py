@@ -24,7 +24,7 @@ from keeptune.tokens import collate
 from keeptune.trainers import build_trainer
 from pencil import texts
 
-TASKS, STEPS = 4, 2
+TASKS, STEPS = 4, 1
 WORDS = [[100 * (task + 1) + i for i in range(8)] for task in range(TASKS)]
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
 
