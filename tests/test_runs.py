@@ -94,10 +94,10 @@ def test_row_0_is_taken_over_from_a_run_on_the_same_model_and_data(
     first = run(recipe(home))
     pico.write_rows(home / "eval1.jsonl", pico.questions(8, 4))
     scored: list[str] = []
-    original = loop.Loop._score
+    original = loop.Loop.score
     monkeypatch.setattr(
         loop.Loop,
-        "_score",
+        "score",
         lambda self, item, *more: (scored.append(item.name), original(self, item, *more))[1],
     )
     second = run(recipe(home, out=str(home / "second")), row_0=first)

@@ -128,6 +128,7 @@ def _nothing_learned(folder: RunFolder) -> str | None:
             what = "perplexity " if track.unit == "perplexity" else ""
             shown = shown_as("change", track.unit)
             change = f"{value_text(gain, shown)}, {range_text(gain, shown)}"
+            change += ", within the noise" if gain.is_noise else ""
             flat.append(f"{track.name!r} ({what}{change})")
     if not flat:
         return None
@@ -239,12 +240,14 @@ def _nothing_taken(folder: RunFolder) -> str | None:
 def _one_seed(folders: Sequence[RunFolder]) -> str | None:
     seeds: dict[str, set[int]] = {}
     for folder in folders:
-        seeds.setdefault(recipe_key(folder), set()).add(folder.info.seed)
+        known = noise.seeds if (noise := load(folder).noise) else [folder.info.seed]
+        seeds.setdefault(recipe_key(folder), set()).update(known)
     if all(len(found) > 1 for found in seeds.values()):
         return None
     return (
         "Only one seed was run: intervals cover the choice of evaluation examples, "
-        "not the randomness of training; three seeds or more show that too."
+        "not the randomness of training; three seeds or more show that too, as does "
+        "`keeptune noise`."
     )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keeptune.cli_compare import compare
+from keeptune.cli_noise import noise
 from keeptune.cli_options import Overrides, RecipeFile
 from keeptune.cli_repair import repair
 from keeptune.errors import KeeptuneError
@@ -228,6 +229,7 @@ def report(
 
 
 app.command()(compare)
+app.command()(noise)
 app.command()(repair)
 
 

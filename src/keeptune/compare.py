@@ -22,12 +22,14 @@ from keeptune.board import Board
 from keeptune.disk import locked
 from keeptune.errors import RecipeError
 from keeptune.failures import failure, write_failure
+from keeptune.guard import Guard
 from keeptune.intervals import generator
 from keeptune.jobs import Job
 from keeptune.recipe import Recipe, resolve
 from keeptune.runs import quiet
 from keeptune.session import read_sources
 from keeptune.strategies import Strategy, read_strategies, strategy_of
+from keeptune.stream import Task
 
 # What may differ between two runs that are the same run.
 FREE = ("out", "checkpoint_minutes", "eval_batch_size")
@@ -70,22 +72,58 @@ def plan(
     numbers = _seeds(seeds, recipe.seed)
     ways = task_orders(len(recipe.tasks), orders)
     with quiet():
-        tasks, guards = read_sources(recipe)
-    data = [(t.train.sha256, t.eval.sha256) for t in tasks]
-    kept = [guard.rows.sha256 if guard.rows else "" for guard in guards]
+        sources = read_sources(recipe)
     jobs: dict[Path, Job] = {}
     for strategy in chosen:
         for number, way in enumerate(ways):
             for seed in numbers:
-                values = _values(recipe, strategy, seed, way)
-                rows = [data[i] for i in way]
-                names = "+".join(name for name, _ in strategy.methods) or "plain"
-                start = f"{names}-seed{seed}" + f"-order{number}" * (number > 0)
-                folder = out / f"{_readable(start)}-{_content([values, rows, kept])}"
-                title = f"{strategy.words}, seed {seed}" + f", order {number}" * (orders > 1)
-                job = Job(title, folder, {**values, "out": str(folder)}, Path.cwd())
-                jobs.setdefault(folder, job)
+                order = f", order {number}" * (orders > 1)
+                job = one_job(
+                    recipe,
+                    out,
+                    sources,
+                    strategy,
+                    seed,
+                    way,
+                    f"-order{number}" * (number > 0),
+                    order,
+                )
+                jobs.setdefault(job.folder, job)
     return list(jobs.values())
+
+
+def one_job(
+    recipe: Recipe,
+    out: Path,
+    sources: tuple[Sequence[Task], Sequence[Guard]],
+    strategy: Strategy,
+    seed: int,
+    way: Sequence[int] | None = None,
+    suffix: str = "",
+    words: str = "",
+) -> Job:
+    """One run, in a folder named by all that is in it, so that the same run has the same folder.
+
+    Args:
+        recipe: Model, tasks, guards and trainer.
+        out: Where its folder goes.
+        sources: The data that the recipe names.
+        strategy: Its methods.
+        seed: Its seed.
+        way: The order of the tasks; default: the recipe's.
+        suffix: What the folder's name says of the order.
+        words: What the title says of it.
+    """
+    tasks, guards = sources
+    way = range(len(tasks)) if way is None else way
+    values = _values(recipe, strategy, seed, way)
+    rows = [(tasks[i].train.sha256, tasks[i].eval.sha256) for i in way]
+    kept = [guard.rows.sha256 if guard.rows else "" for guard in guards]
+    names = "+".join(name for name, _ in strategy.methods) or "plain"
+    start = _readable(f"{names}-seed{seed}{suffix}")
+    folder = out / f"{start}-{_content([values, rows, kept])}"
+    title = f"{strategy.words}, seed {seed}{words}"
+    return Job(title, folder, {**values, "out": str(folder)}, Path.cwd())
 
 
 def task_orders(tasks: int, count: int) -> list[list[int]]:
@@ -156,19 +194,32 @@ def compare(jobs: Sequence[Job], out: Path, board: Board, engine: engines.Engine
         KeeptuneError: Another process is at work there, or the engine cannot be used.
     """
     out.mkdir(parents=True, exist_ok=True)
-    failed: list[tuple[Job, str]] = []
     with locked(out):
-        todo = [job for job in jobs if not job.is_done]
-        board.begin(todo, len(jobs) - len(todo))
-        with closing(engine(todo, board)) as ends:
-            for job, said in ends:
-                board.ended(job, said)
-                if said is not None:
-                    failed.append((job, said))
-                    if failure(job.folder) is None:  # its process could not keep it
-                        write_failure(job.folder, said)
-        board.close()
+        failed = run_all(jobs, board, engine)
         done = [job for job in jobs if job.is_done]
         folders = [job.folder for job in [*done, *(job for job, _ in failed)]]
         page = report.write(folders, out / "comparison.html") if done else None
     return Compared(out, page, done, failed)
+
+
+def run_all(jobs: Sequence[Job], board: Board, engine: engines.Engine) -> list[tuple[Job, str]]:
+    """Run what is not finished yet.
+
+    Returns:
+        The runs that failed, each with why.
+
+    Raises:
+        KeyboardInterrupt: It was stopped; the same call goes on.
+    """
+    failed: list[tuple[Job, str]] = []
+    todo = [job for job in jobs if not job.is_done]
+    board.begin(todo, len(jobs) - len(todo))
+    with closing(engine(todo, board)) as ends:
+        for job, said in ends:
+            board.ended(job, said)
+            if said is not None:
+                failed.append((job, said))
+                if failure(job.folder) is None:  # its process could not keep it
+                    write_failure(job.folder, said)
+    board.close()
+    return failed

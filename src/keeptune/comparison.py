@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import yaml
 
 from keeptune.errors import FolderError
+from keeptune.floors import floor
 from keeptune.folder import RunFolder
 from keeptune.intervals import Array, Estimate, over_seeds, with_interval
 from keeptune.metrics import (
@@ -81,7 +82,8 @@ def compare(folders: Sequence[RunFolder]) -> list[Group]:
     """Group runs by recipe and measure each group against plain fine-tuning.
 
     Two groups are compared run by run where they share two or more pairs of seed and order
-    (Student's t over those); otherwise over examples (bootstrap), on the mean of their runs.
+    (Student's t over those); otherwise over examples (bootstrap), on the mean of their runs, and
+    with the noise between runs where it was measured.
 
     Raises:
         FolderError: A folder is given twice.
@@ -236,7 +238,10 @@ def difference(ours: list[Results], theirs: list[Results], key: str) -> Estimate
     other, other_draws = _mean_run(theirs, definition, unit)
     if np.isnan(value - other):
         return None
-    return convert(with_interval(value - other, draws - other_draws, len(ours)), scale, shown)
+    found = with_interval(value - other, draws - other_draws, len(ours))
+    spreads = [spread for run in (*ours, *theirs) if (spread := run.spread("metric", key))]
+    most = max((floor(spread, len(ours), len(theirs)) for spread in spreads), default=0.0)
+    return convert(replace(found, floor=most), scale, shown)
 
 
 def _mean_run(runs: list[Results], definition: Definition, unit: Unit) -> tuple[float, Array]:

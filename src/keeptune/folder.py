@@ -10,6 +10,7 @@
     ├── cost.json              seconds by phase, peak memory, stored bytes
     ├── steps.jsonl            loss and speed over steps, for people and plots
     ├── watch.jsonl            what was seen while tasks were learned, and what was done about it
+    ├── noise.json             how much its numbers vary by chance, where that was measured
     ├── budget/002.json        the steps tried after the second task, and the one taken
     ├── report.html
     ├── error.txt              why the run ended, where it was one of a comparison and failed
@@ -37,6 +38,7 @@ from keeptune.records import (
     Cell,
     Cost,
     Kind,
+    Noise,
     Phase,
     Routes,
     RunInfo,
@@ -170,6 +172,15 @@ class RunFolder:
         """What the methods did, task by task."""
         files = sorted((self.path / "evidence").glob("[0-9]*.json"))
         return [self.read(file, TaskEvidence) for file in files]
+
+    def write_noise(self, noise: Noise) -> None:
+        """Keep how much the run's numbers vary by chance."""
+        self._write("noise.json", noise.model_dump_json(indent=1))
+
+    def noise(self) -> Noise | None:
+        """How much the run's numbers vary by chance; None where that was not measured."""
+        file = self.path / "noise.json"
+        return self.read(file, Noise) if file.is_file() else None
 
     # -- cost and steps -----------------------------------------------------------------------
 

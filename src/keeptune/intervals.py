@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,29 +34,42 @@ class Estimate:
         low: Lower end; None where no interval is known.
         high: Upper end; None where no interval is known.
         n: What was averaged over or resampled: examples, tasks, guards or seeds.
+        floor: A change smaller than this comes about by chance, as `keeptune noise` measured; 0
+            where it did not.
     """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     n: int = 0
+    floor: float = 0.0
 
     @property
     def is_above(self) -> bool:
-        """Whether the whole interval lies above 0; False without an interval."""
-        return self.low is not None and self.low > _ROUNDING
+        """Whether the whole interval lies above 0, and the value above the floor."""
+        return self._leaves_0_out(1.0) and not self.is_noise
 
     @property
     def is_below(self) -> bool:
-        """Whether the whole interval lies below 0; False without an interval."""
-        return self.high is not None and self.high < -_ROUNDING
+        """Whether the whole interval lies below 0, and the value below the floor."""
+        return self._leaves_0_out(-1.0) and not self.is_noise
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether a change that its interval calls one is smaller than the floor."""
+        is_clear = self._leaves_0_out(1.0) or self._leaves_0_out(-1.0)
+        return is_clear and abs(self.value or 0.0) < self.floor
+
+    def _leaves_0_out(self, side: float) -> bool:
+        nearest = self.low if side > 0 else self.high
+        return nearest is not None and side * nearest > _ROUNDING
 
     def shifted(self, by: float) -> Estimate:
         """The same with `by` added to the value and both ends."""
         value, low, high = (
             None if x is None else x + by for x in (self.value, self.low, self.high)
         )
-        return Estimate(value, low, high, self.n)
+        return replace(self, value=value, low=low, high=high)
 
 
 def generator(*words: object) -> np.random.Generator:
@@ -188,6 +201,11 @@ def paired_change(
     return Bounds(value, min(low, value) - step, max(high, value) + step)
 
 
+def t975(degrees: int) -> float:
+    """Student's t that is exceeded in one case of 40, for degrees of freedom from 1."""
+    return _T975[min(degrees, len(_T975)) - 1]
+
+
 def over_seeds(values: Sequence[float | None]) -> Estimate:
     """Mean over runs that differ in their seed, with Student's t interval.
 
@@ -202,6 +220,5 @@ def over_seeds(values: Sequence[float | None]) -> Estimate:
     center = float(known.mean())
     if len(known) == 1:
         return Estimate(center, n=1)
-    t = _T975[min(len(known) - 1, len(_T975)) - 1]
-    half = t * float(known.std(ddof=1)) / len(known) ** 0.5
+    half = t975(len(known) - 1) * float(known.std(ddof=1)) / len(known) ** 0.5
     return Estimate(center, center - half, center + half, len(known))

@@ -67,6 +67,7 @@ class Loop:
         self.folder = folder
         self.progress = progress
         self.stop = stop
+        self._scored = 0
         self.states = folder.path / "state"
         session.trainer.args.output_dir = str(folder.path / "logs")
         session.trainer.progress_root = self.states / "progress"
@@ -255,7 +256,7 @@ class Loop:
             self._end_if_asked()
             item, learned = every[kind][index], kind == "task" and index < row
             ctx = self.session.context(max(row - 1, 0))
-            cell = self._score(item, ctx, item.name if learned else None)
+            cell = self.score(item, ctx, item.name if learned else None)
             self.folder.write_cell(row, kind, index, cell)
         self._add_cost("evaluate", when, started)
 
@@ -270,7 +271,7 @@ class Loop:
         if found:
             self.folder.write_routes(row, Routes(tasks=found))
 
-    def _score(self, item: Task | Guard, ctx: Context, task: str | None) -> Cell:
+    def score(self, item: Task | Guard, ctx: Context, task: str | None) -> Cell:
         """Score by what is served for a task, or for rows of an unknown one."""
         plan, chain = self.session.plan, self.session.chain
         started = time.monotonic()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from keeptune import formulas
+from keeptune.floors import floor
 from keeptune.folder import RunFolder
 from keeptune.intervals import Array, Estimate, with_interval
 from keeptune.records import Unit
@@ -234,13 +235,16 @@ def _metric(results: Results, definition: Definition, unit: Unit, joint: Results
     columns = results.tasks if definition.kind == "task" else results.kept
     n = sum(c.info.unit == unit for c in columns)
     shown = shown_as(definition.scale, unit)
+    key = definition.key + ("" if unit == "share" else "_perplexity")
+    spread = results.spread("metric", key)
+    found = replace(with_interval(value, draws, n), floor=floor(spread, 1, 1) if spread else 0.0)
     return Metric(
-        key=definition.key + ("" if unit == "share" else "_perplexity"),
+        key=key,
         title=definition.title[UNITS.index(unit)],
         meaning=definition.meaning,
         source=definition.source,
         shown=shown,
-        estimate=convert(with_interval(value, draws, n), definition.scale, shown),
+        estimate=convert(found, definition.scale, shown),
         reason=_reason(results, definition, unit, joint) if np.isnan(value) else "",
     )
 

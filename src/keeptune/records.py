@@ -145,6 +145,45 @@ class Cost(_Record):
     stored_bytes: dict[str, int] = {}
 
 
+class Spread(_Record):
+    """How much one number of a run varies by chance; higher is better: perplexities are minus logs.
+
+    Attributes:
+        kind: "task" or "guard" for its score at the end, or "metric".
+        name: The task's or guard's name, or the metric's key.
+        unit: "share" (0 to 1) or "perplexity", then in minus its logarithm.
+        again: The run's own value and those of the same weights scored in other batches.
+        seeds: The run's own value and those of other seeds.
+        examples: Standard error by the choice of evaluation examples.
+        paired: The same of the difference between two runs on the same examples, over all pairs of
+            seeds; None where there is one seed.
+    """
+
+    kind: Literal["task", "guard", "metric"]
+    name: str
+    unit: Unit
+    again: list[float] = []
+    seeds: list[float]
+    examples: float
+    paired: float | None = None
+
+
+class Noise(_Record):
+    """noise.json: what `keeptune noise` measured.
+
+    Attributes:
+        tasks: How many tasks the run had learned then.
+        seeds: The seeds compared, the run's own first.
+        batch_sizes: Rows at a time in each scoring, the run's own first.
+        spreads: Of every task, guard and metric.
+    """
+
+    tasks: int
+    seeds: list[int]
+    batch_sizes: list[int]
+    spreads: list[Spread]
+
+
 class RunInfo(_Record):
     """run.json: everything about a run that is not a result.
 

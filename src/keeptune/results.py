@@ -8,9 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from keeptune.floors import floor
 from keeptune.folder import RunFolder
 from keeptune.intervals import DRAWS, Array, binomial, generator, resample
-from keeptune.records import Cell, DataInfo, Unit
+from keeptune.records import Cell, DataInfo, Noise, Spread, Unit
 
 Kind = Literal["task", "guard"]
 
@@ -23,11 +24,13 @@ class Column:
         kind: "task" or "guard".
         info: How run.json lists it.
         cells: One a row; None where it was not evaluated.
+        floor: The smallest change of its goodness that means something; 0 where not measured.
     """
 
     kind: Kind
     info: DataInfo
     cells: list[Cell | None]
+    floor: float = 0.0
 
     @property
     def n(self) -> int:
@@ -70,12 +73,14 @@ class Results:
         tasks: The tasks learned so far, in their order.
         waiting: Tasks that are still to be learned.
         guards: All guards.
+        noise: How much the numbers vary by chance, where that was measured after the last task.
     """
 
     folder: RunFolder
     tasks: list[Column]
     waiting: list[Column]
     guards: list[Column]
+    noise: Noise | None = None
 
     @property
     def kept(self) -> list[Column]:
@@ -86,6 +91,11 @@ class Results:
     def rows(self) -> int:
         """Whole rows of R, row 0 included."""
         return max(len(c.cells) for c in (*self.tasks, *self.waiting, *self.guards))
+
+    def spread(self, kind: Kind | Literal["metric"], name: str) -> Spread | None:
+        """How much one number varies by chance."""
+        spreads = self.noise.spreads if self.noise else []
+        return next((s for s in spreads if (s.kind, s.name) == (kind, name)), None)
 
     def goodness(self, kind: Kind, unit: Unit) -> Array:
         """[rows, columns]; columns of another unit are NaN."""
@@ -108,12 +118,19 @@ def load(folder: RunFolder) -> Results:
     rows = min(folder.rows_done, len(infos["task"]) + 1)
     while rows > 1 and not _whole(cells["task"], cells["guard"], rows - 1):
         rows -= 1
+    done = max(rows - 1, 0)
+    noise = folder.noise()
+    noise = noise if noise and noise.tasks == done else None
+    floors = {(s.kind, s.name): floor(s, 1, 1) for s in (noise.spreads if noise else ())}
     columns = {
-        kind: [Column(kind, i, c[:rows]) for i, c in zip(infos[kind], cells[kind], strict=True)]
+        kind: [
+            Column(kind, i, c[:rows], floors.get((kind, i.name), 0.0))
+            for i, c in zip(infos[kind], cells[kind], strict=True)
+        ]
         for kind in kinds
     }
-    done = max(rows - 1, 0)
-    return Results(folder, columns["task"][:done], columns["task"][done:], columns["guard"])
+    tasks = columns["task"]
+    return Results(folder, tasks[:done], tasks[done:], columns["guard"], noise)
 
 
 def _whole(tasks: list[list[Cell | None]], guards: list[list[Cell | None]], row: int) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from keeptune.intervals import Estimate
     from keeptune.method import Method
     from keeptune.metrics import Summary
+    from keeptune.records import Noise
     from keeptune.watchlog import Frontier
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥"}
@@ -179,7 +180,8 @@ def change_text(estimate: Estimate, unit: str) -> str:
     if estimate.value is None:
         return "–"
     sign = "pts" if unit == "share" else "%"
-    return f"{_signed(estimate.value)} {sign}{_ends(estimate, _signed, ' to ')}"
+    noise = ", within the noise" if estimate.is_noise else ""
+    return f"{_signed(estimate.value)} {sign}{_ends(estimate, _signed, ' to ')}{noise}"
 
 
 def _percent(value: float) -> str:
@@ -231,6 +233,25 @@ def forgotten_text(done: Forgotten, *, dry_run: bool) -> str:
         )
     lines += [f"Left in {file}, which keeptune does not change." for file in done.left]
     return "\n".join(lines)
+
+
+def noise_table(noise: Noise) -> RenderableType:
+    """How much a run's numbers vary by chance, and the smallest differences that mean something."""
+    from keeptune.report.noise import noise_view
+
+    view = noise_view(noise)
+    parts: list[RenderableType] = []
+    for kind, words in (("task", "tasks"), ("guard", "guards"), ("metric", "metrics")):
+        rows = [(name, *cells) for of, name, cells in view.rows if of == kind]
+        if rows:
+            table = _table(f"{words}: one run varies by", *view.columns)
+            for column in table.columns[1:]:
+                column.justify = "right"
+            for row in rows:
+                table.add_row(*map(Text, row))
+            parts += [table, Text()]
+    last = "The last columns are" if len(noise.seeds) > 1 else "The last column is"
+    return Group(*parts, Text(f"{last} the smallest difference that means something. {view.said}"))
 
 
 def frontier_table(frontier: Frontier) -> Table:

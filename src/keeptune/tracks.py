@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,7 +52,8 @@ def difference(column: Column, row: int, since: int) -> Estimate:
         value = column.goodness[row] - column.goodness[since]
         draws = column.draws[:, row] - column.draws[:, since]
     shown = shown_as("change", column.info.unit)
-    return convert(with_interval(value, draws, column.n), "change", shown)
+    found = replace(with_interval(value, draws, column.n), floor=column.floor)
+    return convert(found, "change", shown)
 
 
 def _kept(column: Column, row: int, since: int) -> Estimate:

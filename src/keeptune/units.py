@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -32,7 +33,8 @@ def convert(estimate: Estimate, scale: Scale, shown: Shown) -> Estimate:
         with np.errstate(over="ignore"):
             return float(np.exp(sign * goodness)) - offset
 
+    floor = math.expm1(estimate.floor)
     if estimate.low is None or estimate.high is None:
-        return Estimate(one(estimate.value), n=estimate.n)
+        return Estimate(one(estimate.value), n=estimate.n, floor=floor)
     low, high = sorted((one(estimate.low), one(estimate.high)))
-    return Estimate(one(estimate.value), low, high, estimate.n)
+    return Estimate(one(estimate.value), low, high, estimate.n, floor)

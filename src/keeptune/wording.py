@@ -73,7 +73,8 @@ def estimate_text(estimate: Estimate | None, shown: Shown) -> str:
 def headline(group: Group, plain: Group | None = None) -> list[str]:
     """What a run (or its mean over seeds) shows, in a few sentences that the numbers bear out.
 
-    A loss or a gain is claimed only where the whole 95 % interval lies on its side.
+    A loss or a gain is claimed only where the whole 95 % interval lies on its side, and where it is
+    more than the noise, if that was measured.
 
     Args:
         group: The run.
@@ -134,7 +135,7 @@ def _learned(group: Group, learned: int, planned: int) -> str:
     if gain.is_below:
         return f"Learned nothing: {tasks} lost {_size(gain, 'points')}{average} in training."
     change = f"{value_text(gain, 'points')}{average}{_ends(gain, 'points')}"
-    return f"{tasks} changed by {change} in training: no learning that this sample could show."
+    return f"{tasks} changed by {change} in training: {_nothing(gain, 'points', 'no learning')}."
 
 
 def _learned_perplexity(group: Group) -> str:
@@ -154,7 +155,7 @@ def _since(group: Group) -> str:
     if change.is_above:
         return f"Earlier tasks gained {_size(change, 'points')} since they were learned."
     text = value_text(change, "points") + _ends(change, "points")
-    return f"Earlier tasks changed by {text} since: no loss that this sample could show."
+    return f"Earlier tasks changed by {text} since: {_nothing(change, 'points', 'no loss')}."
 
 
 def _since_perplexity(group: Group) -> str:
@@ -170,7 +171,7 @@ def _perplexity(change: Estimate, subject: str, when: str) -> str:
     if change.is_below:
         return f"{subject} fell by {_size(change, 'relative')} {when}."
     text = value_text(change, "relative") + _ends(change, "relative")
-    return f"{subject} changed by {text} {when}: nothing that this sample could show."
+    return f"{subject} changed by {text} {when}: {_nothing(change, 'relative', 'nothing')}."
 
 
 def _ends(change: Estimate, shown: Shown) -> str:
@@ -190,8 +191,16 @@ def _kept(group: Group, plain: Group | None) -> str:
         said = f"Kept {text} of what it knew before, by {guards}"
     against = _against(group, plain)
     if not loss.is_above and not loss.is_below:
-        return f"{said}: no loss that this sample could show{against}."
+        return f"{said}: {_nothing(loss, 'share', 'no loss')}{against}."
     return f"{said}{against}."
+
+
+def _nothing(change: Estimate, shown: Shown, what: str) -> str:
+    """Why a change is not called one."""
+    if not change.is_noise:
+        return f"{what} that this sample could show"
+    size = number(change.floor, shown, digits=1, sign=False) + unit_of(shown)
+    return f"within the noise, as two runs differ by up to {size} by chance"
 
 
 def _against(group: Group, plain: Group | None) -> str:
@@ -205,7 +214,8 @@ def _against(group: Group, plain: Group | None) -> str:
         return f"; plain fine-tuning keeps {text}"
     if gap.is_below:
         return f"; plain fine-tuning keeps more, {text}"
-    return f"; plain fine-tuning keeps {text}, which this sample cannot tell apart"
+    why = "is within the noise" if gap.is_noise else "this sample cannot tell apart"
+    return f"; plain fine-tuning keeps {text}, which {why}"
 
 
 def _guard_perplexity(group: Group) -> str:

@@ -14,6 +14,7 @@ from keeptune.report.axes import Axis, DotPlot, DotRow, Lane, Mark, axis_for, ma
 from keeptune.report.contradictions import Contradiction, contradictions
 from keeptune.report.figures import HeatCell, LossCurve, Panel, heat_map, loss_curve, panels
 from keeptune.report.flips import Flips, cut, flips
+from keeptune.report.noise import NoiseView, noise_view
 from keeptune.report.steered import BudgetView, WatchView, budget_views, watch_view
 from keeptune.results import Results
 from keeptune.tracks import Track
@@ -99,6 +100,7 @@ class RunView:
     watch: WatchView | None
     budget: list[BudgetView]
     guards: list[DotPlot]
+    noise: NoiseView | None
     metrics: list[MetricRow]
     evidence: list[EvidenceTable]
     routes: list[RouteRow]
@@ -132,6 +134,7 @@ def run_view(group: Group, position: int, flips_shown: int) -> RunView:
         watch=watch_view(folder),
         budget=budget_views(folder),
         guards=_guards(summary),
+        noise=noise_view(results.noise) if results.noise else None,
         metrics=metric_rows(group.metrics),
         evidence=_evidence(folder),
         routes=_routes(folder),
@@ -174,7 +177,8 @@ def _guard_row(track: Track, axis: Axis) -> DotRow:
         Lane("now", "guard", mark(track.after, axis)),
     ]
     clear = track.change.is_above or track.change.is_below
-    return DotRow(track.name, lanes, estimate_text(track.change, shown), clear)
+    noise = ", within the noise" if track.change.is_noise else ""
+    return DotRow(track.name, lanes, estimate_text(track.change, shown) + noise, clear)
 
 
 def _evidence(folder: RunFolder) -> list[EvidenceTable]:

@@ -13,6 +13,7 @@ from keeptune.units import Shown
 from keeptune.wording import estimate_text
 
 WORDS = {1: "better", -1: "worse", 0: "not distinguishable"}
+NOISE = "within the noise"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _cells(duels: Sequence[Duel], ranked: Sequence[Ranking]) -> list[tuple[str, 
     for duel, ranking in zip(duels, ranked, strict=True):
         is_share = ranking.metric.shown in ("share", "points")
         shown: Shown = "points" if is_share else "relative"
-        cells.append((estimate_text(duel.gap, shown), WORDS[duel.better]))
+        word = NOISE if duel.gap is not None and duel.gap.is_noise else WORDS[duel.better]
+        cells.append((estimate_text(duel.gap, shown), word))
     return cells
 
 
