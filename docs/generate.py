@@ -283,6 +283,8 @@ def folder_page() -> str:
         "budget/TTT.json": watchlog.Frontier,
         "one step of budget/TTT.json": watchlog.Tried,
         "a point of watch.jsonl or budget/TTT.json": watchlog.Point,
+        "noise.json": records.Noise,
+        "a spread of noise.json": records.Spread,
         "cost.json": records.Cost,
         "a phase of cost.json": records.Phase,
     }

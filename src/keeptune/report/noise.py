@@ -35,8 +35,8 @@ class NoiseView:
 def noise_view(noise: Noise) -> NoiseView:
     """The record as a table."""
     seeds = len(noise.seeds)
-    columns = ["scored again", "other examples", "other seeds", "two runs"]
-    columns += [f"means of {MEANS}"] if seeds > 1 else []
+    columns = ["scored again", "other examples", "other seeds", "two runs differ"]
+    columns += [f"means of {MEANS} differ"] if seeds > 1 else []
     return NoiseView(
         said=_said(noise),
         columns=columns,
