@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sized
 from typing import IO, Any
 
 import rich.progress
@@ -64,7 +64,7 @@ class Board:
         self._running: dict[Job, _Run] = {}
         self._warned: set[str] = set()
 
-    def begin(self, todo: Sequence[Job], finished: int) -> None:
+    def begin(self, todo: Sized, finished: int) -> None:
         """Say how many runs there are.
 
         Args:
@@ -167,7 +167,7 @@ class BarBoard(Board):
         self._whole: TaskID | None = None
         self._bar: dict[Job, TaskID] = {}
 
-    def begin(self, todo: Sequence[Job], finished: int) -> None:
+    def begin(self, todo: Sized, finished: int) -> None:
         """Draw the bar of all runs."""
         super().begin(todo, finished)
         self._bars.start()

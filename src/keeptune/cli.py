@@ -22,6 +22,7 @@ from keeptune.cli_compare import compare
 from keeptune.cli_noise import noise
 from keeptune.cli_options import Overrides, RecipeFile
 from keeptune.cli_repair import repair
+from keeptune.cli_tune import tune
 from keeptune.errors import KeeptuneError
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ def report(
 app.command()(compare)
 app.command()(noise)
 app.command()(repair)
+app.command()(tune)
 
 
 @app.command()

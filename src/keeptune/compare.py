@@ -211,9 +211,16 @@ def run_all(jobs: Sequence[Job], board: Board, engine: engines.Engine) -> list[t
     Raises:
         KeyboardInterrupt: It was stopped; the same call goes on.
     """
-    failed: list[tuple[Job, str]] = []
     todo = [job for job in jobs if not job.is_done]
     board.begin(todo, len(jobs) - len(todo))
+    failed = work_off(todo, board, engine)
+    board.close()
+    return failed
+
+
+def work_off(todo: Sequence[Job], board: Board, engine: engines.Engine) -> list[tuple[Job, str]]:
+    """Run all of these; of those that fail, why."""
+    failed: list[tuple[Job, str]] = []
     with closing(engine(todo, board)) as ends:
         for job, said in ends:
             board.ended(job, said)
@@ -221,5 +228,4 @@ def run_all(jobs: Sequence[Job], board: Board, engine: engines.Engine) -> list[t
                 failed.append((job, said))
                 if failure(job.folder) is None:  # its process could not keep it
                     write_failure(job.folder, said)
-    board.close()
     return failed

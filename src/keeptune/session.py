@@ -29,6 +29,7 @@ from keeptune.records import DataInfo, MethodInfo
 from keeptune.rows import Shape, leaked, read_rows
 from keeptune.stream import Task, TaskStream
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
+from keeptune.validation import hold_out, sampled
 
 DEFAULT_LENGTH = 1024
 
@@ -229,6 +230,12 @@ def read_sources(recipe: Recipe) -> tuple[list[Task], list[Guard]]:
             guards.extend(read_guard(guard, where=recipe.where("guards", number)))
     with problems.collect():
         _check_shapes(recipe, tasks)
+    if recipe.validation is not None:
+        whole, tasks = tasks, []
+        for each in whole:
+            with problems.collect():
+                tasks.append(hold_out(each, recipe.validation, recipe.seed))
+        guards = [sampled(guard, recipe.validation, recipe.seed) for guard in guards]
     problems.raise_all()
     return tasks, guards
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from keeptune.method import Method
     from keeptune.metrics import Summary
     from keeptune.records import Noise
+    from keeptune.tune import Trial
     from keeptune.watchlog import Frontier
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥"}
@@ -233,6 +234,22 @@ def forgotten_text(done: Forgotten, *, dry_run: bool) -> str:
         )
     lines += [f"Left in {file}, which keeptune does not change." for file in done.left]
     return "\n".join(lines)
+
+
+def tuned_table(trials: Sequence[Trial]) -> Table:
+    """The trials that no other beats, and the recipe's own settings, in the order of learning."""
+    shown = sorted(
+        (t for t in trials if t.is_front or (t.number == 0 and not t.said)),
+        key=lambda trial: trial.learned or 0.0,
+    )
+    table = _table("trial", *trials[0].settings, "learned", "kept", "")
+    for trial in shown:
+        settings = [f"{value:g}" for value in trial.settings.values()]
+        scores = [f"{100 * (score or 0.0):+.1f}" for score in (trial.learned, trial.kept)]
+        mark = "knee" if trial.is_knee else "front" if trial.is_front else "beaten"
+        table.add_row(str(trial.number), *settings, *scores, mark)
+    table.caption = "changes of scores in points (perplexities: of their logarithm, in hundredths)"
+    return table
 
 
 def noise_table(noise: Noise) -> RenderableType:

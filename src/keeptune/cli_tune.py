@@ -1,0 +1,97 @@
+"""keeptune tune: settings searched for on held-out training rows."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keeptune.cli_options import Overrides, RecipeFile
+
+if TYPE_CHECKING:
+    from keeptune.tune import Tuned
+
+STOPPED = 130
+
+
+def tune(
+    recipe: RecipeFile,
+    trials: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many settings are tried, all together.")
+    ] = 20,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=LOW..HIGH",
+            help="What is searched: methods.0.ewc.strength=1e2..1e6:log, where :log counts each "
+            "doubling alike; or default, the usual settings of the recipe's methods; may be given "
+            "many times. Default: default.",
+        ),
+    ] = None,
+    validation: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            min=0.01,
+            max=0.9,
+            help="Share of the training rows that is held out to score trials on.",
+        ),
+    ] = 0.2,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Trials at the same time.")] = 1,
+    set_: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the trials; default: runs/NAME-tune.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and list what is searched.")
+    ] = False,
+) -> None:
+    """Search the settings of a recipe's methods for the best bargains between learning and keeping.
+
+    Trials are trained without a share of the training rows and scored on these; the tasks' own
+    evaluation rows are not looked at. Shown are the trials that no other beats in both, and the
+    recipe at the knee between them is written, ready to run. Nothing is run twice: the same command
+    goes on where it was stopped, and with more trials it adds to them. Needs Optuna (extra `tune`).
+    """
+    where = out or Path("runs") / f"{recipe.stem}-tune"
+    # SIGTERM is the same as Ctrl-C: each run saves a state.
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        typer.echo("loading libraries and data", err=True)
+        from keeptune import board, engines
+        from keeptune.tune import plan
+        from keeptune.tune import tune as search_for
+
+        planned = plan(recipe, set_ or [], search=search or [], share=validation)
+        if dry_run:
+            for one in planned.ranges:
+                typer.echo(one)
+            return
+        engine = engines.choose("local", at_once=jobs)
+        done = search_for(planned, trials, where, board.choose(sys.stderr), engine, jobs)
+    except KeyboardInterrupt as error:
+        again = ["tune", str(recipe), "--trials", str(trials), "--jobs", str(jobs)]
+        again += ["--validation", str(validation), "--out", str(where)]
+        again += [word for one in search or () for word in ("--search", one)]
+        again += [word for one in set_ or () for word in ("--set", one)]
+        typer.echo(f"keeptune: stopped. Continue with: keeptune {shlex.join(again)}", err=True)
+        raise typer.Exit(STOPPED) from error
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    _show(done)
+
+
+def _show(done: Tuned) -> None:
+    from rich.console import Console
+
+    from keeptune import terminal
+
+    Console().print(terminal.tuned_table(done.trials))
+    typer.echo(f"\nReport of these: {done.page}\nRecipe at the knee: {done.recipe}")
+    for trial in done.trials:
+        if trial.said:
+            typer.echo(f"keeptune: trial {trial.number} failed: {trial.said}", err=True)
