@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import pico
 import runs
-from keeptune import session
+from keeptune import engines, session
 from keeptune.board import Board
 from keeptune.cli import app
 from keeptune.disk import locked
@@ -391,3 +391,20 @@ def test_the_command_lists_what_it_would_search(home: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "methods.1.ewc.strength=0.07..700:log" in done.output
     assert not (home / "runs").exists()
+
+
+def test_the_command_shows_the_front_and_where_the_recipe_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "choose", lambda *_, **__: Engine(1))
+    done = CliRunner().invoke(app, ["tune", str(recipe(home)), "--trials", "2"])
+    assert done.exit_code == 0, done.output
+    assert "knee" in done.output
+    assert "Recipe at the knee: runs/recipe-tune/knee.yaml" in done.output
+    assert "trial 1 failed: the loss is not a number" in done.output
+    monkeypatch.setattr(engines, "choose", lambda *_, **__: Engine(stop=0))
+    done = CliRunner().invoke(app, ["tune", str(recipe(home)), "--trials", "3"])
+    assert done.exit_code == 130
+    assert "Continue with: keeptune tune recipe.yaml --trials 3" in done.output.replace(
+        f"{home}/", ""
+    )
