@@ -6,9 +6,11 @@ import io
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -68,6 +70,23 @@ def test_one_seed_leaves_scoring_and_examples_of_its_own() -> None:
     expected = math.sqrt(2) * math.hypot(12.706 * 0.02 / math.sqrt(2), 1.96 * 0.05)
     assert floor(one, 1, 1) == pytest.approx(expected)
     assert floor(spread(examples=0.05), 1, 1) == pytest.approx(math.sqrt(2) * 1.96 * 0.05)
+
+
+def test_two_runs_of_one_recipe_rarely_differ_by_the_floor() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=300)
+
+    def answers() -> Any:
+        return (hard + 0.4 * rng.normal(size=300) + 0.1 * rng.normal() > 0).astype(float)
+
+    beyond = 0
+    for _ in range(500):
+        known = [answers() for _ in range(4)]
+        gaps = [(a - b).std() / math.sqrt(300) for a, b in combinations(known, 2)]
+        paired = math.sqrt(np.mean(np.square(gaps)))
+        found = spread(seeds=[a.mean() for a in known], paired=paired)
+        beyond += abs(answers().mean() - answers().mean()) > floor(found, 1, 1)
+    assert 0 < beyond < 0.05 * 500
 
 
 def test_a_single_value_has_no_deviation() -> None:
@@ -138,13 +157,19 @@ def test_every_task_guard_and_metric_has_its_spread(measured: RunFolder) -> None
     assert found["task", runs.TASKS[0]].examples == pytest.approx(math.sqrt(0.24 / 120), rel=0.1)
     assert found["task", runs.TASKS[0]].paired is not None
     assert ("metric", "forward_transfer") in found
+    first, last = runs.TASKS[:2]
+    assert found["gain", first].seeds == pytest.approx([0.5, 0.5, 0.5], abs=0.01)
+    assert found["change", first].seeds == pytest.approx([-0.1, -0.2, 0.0], abs=0.01)
+    assert found["change", "capitals"].seeds == pytest.approx([-0.05, -0.15, 0.05], abs=0.01)
+    assert ("change", last) not in found, "nothing came after it"
+    assert ("gain", "capitals") not in found
 
 
 def test_a_loss_within_the_noise_is_called_so(measured: RunFolder, tmp_path: Path) -> None:
     (group,) = compare([measured])
     words = " ".join(headline(group))
     assert "Learned 2 tasks" in words, "what is more than the noise stays"
-    assert "since: within the noise, as two runs differ by up to" in words
+    assert "since: within the noise, as runs of this recipe vary by up to" in words
     assert "of what it knew before, by 1 guard: within the noise" in words
     track = summarise(measured).guards[0]
     assert track.change.is_noise
@@ -195,9 +220,8 @@ def test_the_table_tells_tasks_guards_and_metrics(measured: RunFolder) -> None:
     text = shown.getvalue()
     assert "means of 3" in text
     assert "Backward transfer" in text
-    assert "Seeds 0, 1, 2 of the same recipe; with so few seeds it is wide." in " ".join(
-        text.split()
-    )
+    assert "Forward transfer" not in text
+    assert "of the seed (0, 1, 2). Then" in " ".join(text.split())
     alone = noise.model_copy(
         update={"seeds": [0], "spreads": [spread(again=[0.5, 0.5], examples=0.02)]}
     )
@@ -259,7 +283,7 @@ def test_a_run_is_measured_stopped_and_measured_on(home: Path) -> None:
     assert (done.noise.seeds, done.noise.batch_sizes) == ([0, 1, 2], [3, 1, 4])
     assert files(folder.path) == before, "nothing else of the run is changed"
     for found in done.noise.spreads:
-        if found.kind != "metric":
+        if found.kind in ("task", "guard"):
             assert len(found.again) == 3
             assert found.again == pytest.approx([found.again[0]] * 3, abs=1e-4)
     third = Engine()

@@ -120,6 +120,7 @@ def test_every_default_is_filled_in(written: Any) -> None:
         "trainer": {},
         "online": False,
         "privacy": "open",
+        "validation": None,
         "seed": 0,
         "out": None,
         "eval_batch_size": 16,

@@ -237,7 +237,7 @@ def _metric(results: Results, definition: Definition, unit: Unit, joint: Results
     shown = shown_as(definition.scale, unit)
     key = definition.key + ("" if unit == "share" else "_perplexity")
     spread = results.spread("metric", key)
-    found = replace(with_interval(value, draws, n), floor=floor(spread, 1, 1) if spread else 0.0)
+    found = replace(with_interval(value, draws, n), floor=floor(spread, 1) if spread else 0.0)
     return Metric(
         key=key,
         title=definition.title[UNITS.index(unit)],

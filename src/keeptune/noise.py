@@ -214,16 +214,8 @@ def spreads(runs: Sequence[Results], again: Again) -> list[Spread]:
         runs: The run, then those of other seeds.
         again: Of each task and guard of the run, its goodness in other batches.
     """
-    found: list[Spread | None] = []
-    both: tuple[tuple[Kind, list[list[Column]]], ...] = (
-        ("task", [run.tasks for run in runs]),
-        ("guard", [run.guards for run in runs]),
-    )
-    for kind, columns in both:
-        for i, column in enumerate(columns[0]):
-            ends = [(float(c[i].goodness[-1]), c[i].draws[:, -1]) for c in columns]
-            known = [ends[0][0], *again.get((kind, i), ())]
-            found.append(_spread(kind, column.info.name, column.info.unit, ends, known))
+    found = _of_columns("task", [run.tasks for run in runs], again)
+    found += _of_columns("guard", [run.guards for run in runs], again)
     for unit in UNITS:
         for definition in DEFINITIONS:
             if applies(runs[0], definition, unit):
@@ -232,8 +224,28 @@ def spreads(runs: Sequence[Results], again: Again) -> list[Spread]:
     return [spread for spread in found if spread is not None]
 
 
+def _of_columns(kind: Kind, runs: Sequence[Sequence[Column]], again: Again) -> list[Spread | None]:
+    """Of each task or guard its score at the end, what it gained, and how it changed since."""
+    found: list[Spread | None] = []
+    for i, column in enumerate(runs[0]):
+        of, last = (column.info.name, column.info.unit), len(column.cells) - 1
+        own = i + 1 if kind == "task" else 0
+        ends = [(float(run[i].goodness[last]), run[i].draws[:, last]) for run in runs]
+        found.append(_spread(kind, *of, ends, [ends[0][0], *again.get((kind, i), ())]))
+        if own:
+            found.append(_spread("gain", *of, [_change(run[i], 0, own) for run in runs]))
+        if own < last:
+            found.append(_spread("change", *of, [_change(run[i], own, last) for run in runs]))
+    return found
+
+
+def _change(column: Column, since: int, row: int) -> tuple[float, Array]:
+    goodness, draws = column.goodness, column.draws
+    return float(goodness[row] - goodness[since]), draws[:, row] - draws[:, since]
+
+
 def _spread(
-    kind: Kind | str,
+    kind: str,
     name: str,
     unit: Unit,
     ends: Sequence[tuple[float, Array]],

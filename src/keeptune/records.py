@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 FORMAT = 1
 Unit = Literal["share", "perplexity"]
 Kind = Literal["task", "guard"]
+Measure = Literal["task", "guard", "gain", "change", "metric"]
 
 
 class _Record(BaseModel):
@@ -149,17 +150,18 @@ class Spread(_Record):
     """How much one number of a run varies by chance; higher is better: perplexities are minus logs.
 
     Attributes:
-        kind: "task" or "guard" for its score at the end, or "metric".
+        kind: "task" or "guard" for its score at the end, "gain" for what training added to a task,
+            "change" for what came after, or of a guard since the start; or "metric".
         name: The task's or guard's name, or the metric's key.
         unit: "share" (0 to 1) or "perplexity", then in minus its logarithm.
-        again: The run's own value and those of the same weights scored in other batches.
+        again: The run's own value and those of the same weights scored in other batches; of scores.
         seeds: The run's own value and those of other seeds.
         examples: Standard error by the choice of evaluation examples.
         paired: The same of the difference between two runs on the same examples, over all pairs of
             seeds; None where there is one seed.
     """
 
-    kind: Literal["task", "guard", "metric"]
+    kind: Measure
     name: str
     unit: Unit
     again: list[float] = []

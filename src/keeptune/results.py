@@ -11,9 +11,10 @@ import numpy as np
 from keeptune.floors import floor
 from keeptune.folder import RunFolder
 from keeptune.intervals import DRAWS, Array, binomial, generator, resample
-from keeptune.records import Cell, DataInfo, Noise, Spread, Unit
+from keeptune.records import Cell, DataInfo, Measure, Noise, Spread, Unit
 
 Kind = Literal["task", "guard"]
+CHANGES: tuple[Measure, Measure] = ("gain", "change")
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,15 @@ class Column:
         kind: "task" or "guard".
         info: How run.json lists it.
         cells: One a row; None where it was not evaluated.
-        floor: The smallest change of its goodness that means something; 0 where not measured.
+        gain_floor: The smallest gain by training that means something; 0 where not measured.
+        change_floor: The same of what comes after, or of a guard since the start.
     """
 
     kind: Kind
     info: DataInfo
     cells: list[Cell | None]
-    floor: float = 0.0
+    gain_floor: float = 0.0
+    change_floor: float = 0.0
 
     @property
     def n(self) -> int:
@@ -92,7 +95,7 @@ class Results:
         """Whole rows of R, row 0 included."""
         return max(len(c.cells) for c in (*self.tasks, *self.waiting, *self.guards))
 
-    def spread(self, kind: Kind | Literal["metric"], name: str) -> Spread | None:
+    def spread(self, kind: Measure, name: str) -> Spread | None:
         """How much one number varies by chance."""
         spreads = self.noise.spreads if self.noise else []
         return next((s for s in spreads if (s.kind, s.name) == (kind, name)), None)
@@ -121,10 +124,10 @@ def load(folder: RunFolder) -> Results:
     done = max(rows - 1, 0)
     noise = folder.noise()
     noise = noise if noise and noise.tasks == done else None
-    floors = {(s.kind, s.name): floor(s, 1, 1) for s in (noise.spreads if noise else ())}
+    floors = {(s.kind, s.name): floor(s, 1) for s in (noise.spreads if noise else ())}
     columns = {
         kind: [
-            Column(kind, i, c[:rows], floors.get((kind, i.name), 0.0))
+            Column(kind, i, c[:rows], *(floors.get((what, i.name), 0.0) for what in CHANGES))
             for i, c in zip(infos[kind], cells[kind], strict=True)
         ]
         for kind in kinds

@@ -258,17 +258,16 @@ def noise_table(noise: Noise) -> RenderableType:
 
     view = noise_view(noise)
     parts: list[RenderableType] = []
-    for kind, words in (("task", "tasks"), ("guard", "guards"), ("metric", "metrics")):
-        rows = [(name, *cells) for of, name, cells in view.rows if of == kind]
+    for kind, words in (("task", "tasks"), ("guard", "guards"), ("metric", "averages")):
+        rows = [(row.name, *row.cells) for row in view.rows if row.kind == kind and row.is_main]
         if rows:
-            table = _table(f"{words}: one run varies by", *view.columns)
+            table = _table(words, *view.columns)
             for column in table.columns[1:]:
                 column.justify = "right"
             for row in rows:
                 table.add_row(*map(Text, row))
             parts += [table, Text()]
-    last = "The last columns are" if len(noise.seeds) > 1 else "The last column is"
-    return Group(*parts, Text(f"{last} the smallest difference that means something. {view.said}"))
+    return Group(*parts, Text(view.said))
 
 
 def frontier_table(frontier: Frontier) -> Table:

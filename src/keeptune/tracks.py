@@ -46,13 +46,13 @@ def level(column: Column, row: int) -> Estimate:
     return convert(estimate, "level", shown_as("level", column.info.unit))
 
 
-def difference(column: Column, row: int, since: int) -> Estimate:
+def difference(column: Column, row: int, since: int, floor: float = 0.0) -> Estimate:
     """The change from one row to a later one, paired, in points or relative."""
     with np.errstate(invalid="ignore"):
         value = column.goodness[row] - column.goodness[since]
         draws = column.draws[:, row] - column.draws[:, since]
     shown = shown_as("change", column.info.unit)
-    found = replace(with_interval(value, draws, column.n), floor=column.floor)
+    found = replace(with_interval(value, draws, column.n), floor=floor)
     return convert(found, "change", shown)
 
 
@@ -82,8 +82,8 @@ def task_track(column: Column, index: int) -> Track:
         before=level(column, first) if first < own else none,
         learned=level(column, own),
         after=level(column, last),
-        gain=difference(column, own, first) if first < own else none,
-        change=difference(column, last, own) if later else none,
+        gain=difference(column, own, first, column.gain_floor) if first < own else none,
+        change=difference(column, last, own, column.change_floor) if later else none,
         kept=_kept(column, last, own) if later else none,
     )
 
@@ -100,6 +100,6 @@ def guard_track(column: Column) -> Track:
         learned=None,
         after=level(column, last) if last > 0 else none,
         gain=None,
-        change=difference(column, last, 0) if last > 0 else none,
+        change=difference(column, last, 0, column.change_floor) if last > 0 else none,
         kept=_kept(column, last, 0) if last > 0 else none,
     )

@@ -200,7 +200,7 @@ def _nothing(change: Estimate, shown: Shown, what: str) -> str:
     if not change.is_noise:
         return f"{what} that this sample could show"
     size = number(change.floor, shown, digits=1, sign=False) + unit_of(shown)
-    return f"within the noise, as two runs differ by up to {size} by chance"
+    return f"within the noise, as runs of this recipe vary by up to {size}"
 
 
 def _against(group: Group, plain: Group | None) -> str:
