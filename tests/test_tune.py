@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import pico
 import runs
 from keeptune import engines, session
+from keeptune.bargains import Trial, chosen, knee, objectives
 from keeptune.board import Board
 from keeptune.cli import app
 from keeptune.disk import locked
@@ -32,7 +33,7 @@ from keeptune.results import load
 from keeptune.rows import leaked, read_rows
 from keeptune.search import Range, default_ranges, own_values, read_search
 from keeptune.stream import Task
-from keeptune.tune import Trial, Tuned, chosen, knee, objectives, plan, tune
+from keeptune.tune import Tuned, plan, tune
 from keeptune.validation import hold_out, sampled
 
 
@@ -375,6 +376,13 @@ def test_trials_at_once_are_proposed_together(home: Path) -> None:
     done = search(home, 3, engine, at_once=2)
     assert len({tuple(t.values()) for t in settings(done)}) == 3
     assert settings(search(home, 3, engine, "again", at_once=2)) == settings(done)
+
+
+def test_the_share_is_the_words_then_the_recipes_then_a_fifth(home: Path) -> None:
+    file = recipe(home, validation=0.4)
+    assert plan(file).recipe.validation == 0.4
+    assert plan(file, share=0.3).recipe.validation == 0.3
+    assert plan(recipe(home)).recipe.validation == 0.2
 
 
 def test_another_search_in_the_same_folder_is_another(home: Path) -> None:

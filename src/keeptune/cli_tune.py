@@ -33,14 +33,15 @@ def tune(
         ),
     ] = None,
     validation: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="SHARE",
             min=0.01,
             max=0.9,
-            help="Share of the training rows that is held out to score trials on.",
+            help="Share of the training rows that is held out to score trials on; default: the "
+            "recipe's, or 0.2.",
         ),
-    ] = 0.2,
+    ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Trials at the same time.")] = 1,
     set_: Overrides = None,
     out: Annotated[
@@ -75,7 +76,8 @@ def tune(
         done = search_for(planned, trials, where, board.choose(sys.stderr), engine, jobs)
     except KeyboardInterrupt as error:
         again = ["tune", str(recipe), "--trials", str(trials), "--jobs", str(jobs)]
-        again += ["--validation", str(validation), "--out", str(where)]
+        again += ["--out", str(where)]
+        again += ["--validation", str(validation)] if validation is not None else []
         again += [word for one in search or () for word in ("--search", one)]
         again += [word for one in set_ or () for word in ("--set", one)]
         typer.echo(f"keeptune: stopped. Continue with: keeptune {shlex.join(again)}", err=True)

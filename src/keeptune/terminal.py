@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from keeptune.bargains import Trial
     from keeptune.checks import Finding
     from keeptune.comparison import Group as Comparable
     from keeptune.forgetting import Forgotten
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from keeptune.method import Method
     from keeptune.metrics import Summary
     from keeptune.records import Noise
-    from keeptune.tune import Trial
     from keeptune.watchlog import Frontier
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥"}

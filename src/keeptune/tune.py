@@ -11,57 +11,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keeptune import engines, report
+from keeptune.bargains import Trial, chosen, objectives
 from keeptune.board import Board
 from keeptune.compare import FREE, one_job, work_off
 from keeptune.disk import locked, write_atomic
 from keeptune.errors import KeeptuneError, RecipeError
 from keeptune.folder import RunFolder
+from keeptune.guard import Guard
 from keeptune.jobs import Job
-from keeptune.ranking import front
 from keeptune.recipe import Recipe, dump, load_recipe, resolve
-from keeptune.results import Results, load
+from keeptune.results import load
 from keeptune.runs import quiet
 from keeptune.search import Range, assignment, own_values, read_search
 from keeptune.session import read_sources
 from keeptune.strategies import strategy_of
+from keeptune.stream import Task
 
 if TYPE_CHECKING:
     import optuna
 
+SHARE = 0.2  # of the training rows
 FIRST = 5  # trials drawn before what they showed decides
 JOURNAL, TRIALS, KNEE = "trials.log", "trials.json", "knee.yaml"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of the search; all scores on held-out rows.
-
-    Attributes:
-        number: From 0; the first has the recipe's own settings, where they lie in the ranges.
-        settings: What was tried, by its key.
-        learned: What training added to each task, on average, higher is better.
-        kept: How guards and earlier tasks changed since, on average, higher is better.
-        folder: The run's folder.
-        said: Why it failed; "" where it did not.
-        is_front: Whether no other trial learned more and kept as much, or the other way round.
-        is_knee: Whether it is the one to be chosen.
-    """
-
-    number: int
-    settings: dict[str, float]
-    learned: float | None
-    kept: float | None
-    folder: str
-    said: str
-    is_front: bool = False
-    is_knee: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +73,7 @@ class Plan:
     overrides: list[str]
     recipe: Recipe
     ranges: list[Range]
-    sources: Any
+    sources: tuple[list[Task], list[Guard]]
 
     def changed(self, values: Sequence[float]) -> list[str]:
         """The changes that a trial is."""
@@ -112,7 +90,11 @@ class Plan:
 
 
 def plan(
-    path: Path, overrides: Sequence[str] = (), *, search: Sequence[str] = (), share: float = 0.2
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    search: Sequence[str] = (),
+    share: float | None = None,
 ) -> Plan:
     """Check everything before the first trial.
 
@@ -120,12 +102,13 @@ def plan(
         path: The recipe.
         overrides: What is changed in it, as --set takes it.
         search: What is searched, see `search.read_search`.
-        share: Of the training rows that are held out.
+        share: Of the training rows that are held out; default: the recipe's, or a fifth.
 
     Raises:
         KeeptuneError: Anything a user can mend.
     """
     _optuna()
+    share = share or load_recipe(path, overrides).validation or SHARE
     recipe = load_recipe(path, [*overrides, f"validation={share}"])
     ranges = read_search(search, path, overrides, recipe)
     with quiet():
@@ -177,71 +160,23 @@ def _try(
 ) -> None:
     """Run the next trials and put them into the journal."""
     proposals = list(_proposed(planned, study, count))
-    jobs = [_job(planned, values, out) for values in proposals]
+    first = len(study.trials)
+    jobs = [_job(planned, values, out, first + i) for i, values in enumerate(proposals)]
     todo = {job.folder: job for job in jobs if not job.is_done}
     failed = {job.folder: said for job, said in work_off(list(todo.values()), board, engine)}
     for values, job in zip(proposals, jobs, strict=True):
-        said, scores = failed.get(job.folder, ""), None
-        if not said:
-            scores = objectives(load(RunFolder(job.folder)))
-            said = "" if np.isfinite(scores).all() else "its scores are not numbers"
-        _add(study, planned.ranges, values, None if said else scores, str(job.folder), said)
+        said = failed.get(job.folder, "")
+        scores = None if said else objectives(load(RunFolder(job.folder)))
+        if scores is not None and not np.isfinite(scores).all():
+            scores, said = None, "its scores are not numbers"
+        _add(study, planned.ranges, values, scores, str(job.folder), said)
 
 
-def _job(planned: Plan, values: Sequence[float], out: Path) -> Job:
+def _job(planned: Plan, values: Sequence[float], out: Path, number: int) -> Job:
     held = f"validation={planned.recipe.validation}"
     recipe = load_recipe(planned.path, [*planned.changed(values), held])
-    return one_job(recipe, out, planned.sources, strategy_of(recipe), recipe.seed)
-
-
-# -- what was learned and kept --------------------------------------------------------------------
-
-
-def objectives(results: Results) -> tuple[float, float]:
-    """What a run learned and kept, higher is better.
-
-    Returns:
-        The mean of what training added to each task; and the mean of how each guard changed since
-        the start, and each earlier task since it was learned. Shares count as they are,
-        perplexities by minus their logarithm.
-    """
-    tasks = [column.goodness for column in results.tasks]
-    learned = [scores[i + 1] - scores[0] for i, scores in enumerate(tasks)]
-    kept = [scores[-1] - scores[i + 1] for i, scores in enumerate(tasks[:-1])]
-    kept += [column.goodness[-1] - column.goodness[0] for column in results.kept]
-    return float(np.mean(learned)), float(np.mean(kept))
-
-
-def chosen(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials, with those on the front and the one at its knee marked."""
-    known = [(t.number, t.learned, t.kept) for t in trials if not t.said]
-    points = [(learned or 0.0, kept or 0.0) for _, learned, kept in known]
-    best = front(points)
-    if not best:
-        return list(trials)
-    at = known[best[knee([points[i] for i in best])]][0]
-    numbers = {known[i][0] for i in best}
-    return [
-        Trial(**asdict(t) | {"is_front": t.number in numbers, "is_knee": t.number == at})
-        for t in trials
-    ]
-
-
-def knee(points: Sequence[tuple[float, float]]) -> int:
-    """Position of the point of a front that is furthest beyond the line between its two ends.
-
-    Both directions are counted as shares of the front's width. Where no point is beyond the line,
-    it is the end that keeps most.
-
-    Source: Branke et al. 2004, Finding knees in multi-objective optimization; the chord is that of
-        Das 1999, On characterizing the "knee" of the Pareto curve.
-    """
-    x, y = np.array(points, dtype=np.float64).T
-    width, height = (float(np.ptp(side)) or 1.0 for side in (x, y))
-    beyond = (x - x.min()) / width + (y - y.min()) / height
-    # Rounding must not decide between the ends.
-    furthest = np.flatnonzero(beyond > beyond.max() - 1e-9)
-    return int(furthest[np.argmax(y[furthest])])
+    job = one_job(recipe, out, planned.sources, strategy_of(recipe), recipe.seed)
+    return replace(job, title=f"trial {number}")
 
 
 # -- Optuna ---------------------------------------------------------------------------------------
