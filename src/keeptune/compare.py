@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,10 @@ def plan(
     for strategy in chosen:
         for number, way in enumerate(ways):
             for seed in numbers:
-                order = f", order {number}" * (orders > 1)
-                job = one_job(
-                    recipe,
-                    out,
-                    sources,
-                    strategy,
-                    seed,
-                    way,
-                    f"-order{number}" * (number > 0),
-                    order,
-                )
-                jobs.setdefault(job.folder, job)
+                suffix = f"-order{number}" * (number > 0)
+                job = one_job(recipe, out, sources, strategy, seed, way, suffix)
+                title = job.title + f", order {number}" * (orders > 1)
+                jobs.setdefault(job.folder, replace(job, title=title))
     return list(jobs.values())
 
 
@@ -100,7 +92,6 @@ def one_job(
     seed: int,
     way: Sequence[int] | None = None,
     suffix: str = "",
-    words: str = "",
 ) -> Job:
     """One run, in a folder named by all that is in it, so that the same run has the same folder.
 
@@ -112,7 +103,6 @@ def one_job(
         seed: Its seed.
         way: The order of the tasks; default: the recipe's.
         suffix: What the folder's name says of the order.
-        words: What the title says of it.
     """
     tasks, guards = sources
     way = range(len(tasks)) if way is None else way
@@ -122,7 +112,7 @@ def one_job(
     names = "+".join(name for name, _ in strategy.methods) or "plain"
     start = _readable(f"{names}-seed{seed}{suffix}")
     folder = out / f"{start}-{_content([values, rows, kept])}"
-    title = f"{strategy.words}, seed {seed}{words}"
+    title = f"{strategy.words}, seed {seed}"
     return Job(title, folder, {**values, "out": str(folder)}, Path.cwd())
 
 
