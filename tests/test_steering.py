@@ -230,7 +230,7 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_written(
     [
         ({"watch": {"every": 0}}, "watch.every must be at least 1, got 0."),
         ({"watch": {"evry": 5}}, "there is no key 'evry' in watch. Did you mean 'every'?"),
-        ({"watch": {"on_drop": "halt"}}, "watch.on_drop must be 'warn', 'stop' or 'rollback'"),
+        ({"watch": {"on_drop": "halt"}}, "watch.on_drop must be 'warn', 'stop', 'rollback' or 's"),
         ({"watch": {"lines": {"old": -1}}}, "watch.lines.old must be at least 0, got -1."),
         ({"budget": {"old": "1"}}, "budget.old must be a number, got '1'."),
         ({"budget": {"old": -1}}, "budget.old must be at least 0, got -1."),

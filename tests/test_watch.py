@@ -10,10 +10,11 @@ import pytest
 
 import runs
 from keeptune import lines, watchlog
+from keeptune.changes import Earlier, change
 from keeptune.errors import RecipeError
 from keeptune.folder import RunFolder
 from keeptune.guard import Guard
-from keeptune.lines import Earlier, Probe
+from keeptune.lines import Probe
 from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
 from keeptune.records import Example
 from keeptune.rows import read_rows
@@ -52,7 +53,7 @@ GUARDS = [Guard(name, read_rows(asked(N)), "exact_match") for name in "gh"]
 
 def watch(folder: RunFolder, index: int = 1, **settings: object) -> Watch:
     asked_for = WatchRecipe.model_validate({"max_overhead": 1.0, "every": 10, **settings})
-    chosen = lines.watched(asked_for, STREAM, GUARDS, index, seed=0)
+    chosen = lines.watched(asked_for, None, STREAM, GUARDS, index, seed=0)
     return Watch(asked_for, chosen, Earlier(folder), STREAM[index].name, index, Clock())
 
 
@@ -220,7 +221,7 @@ def test_samples_are_fixed_by_the_seed(folder: RunFolder) -> None:
     settings = WatchRecipe(items=16)
 
     def ids(seed: int, index: int = 1) -> list[list[int]]:
-        chosen = lines.watched(settings, STREAM, GUARDS, index, seed)
+        chosen = lines.watched(settings, None, STREAM, GUARDS, index, seed)
         return [list(probe.ids) for line in chosen for probe in line.probes]
 
     assert ids(0) == ids(0)
@@ -233,13 +234,14 @@ def test_samples_are_fixed_by_the_seed(folder: RunFolder) -> None:
 def test_a_name_of_a_group_is_all_of_its_guards_together() -> None:
     guards = [Guard(name, read_rows(asked(40))) for name in ("capitals", "continents", "mine")]
     settings = WatchRecipe(items=30, lines={"facts": 2.0})
-    chosen = lines.watched(settings, STREAM, guards, 0, 0)
+    chosen = lines.watched(settings, None, STREAM, guards, 0, 0)
     assert [line.name for line in chosen] == ["a", "facts", "mine"]
     assert [line.size for line in chosen] == [30, 30, 30]
     assert len(chosen[1].probes) == 2
     assert chosen[1].allowed == pytest.approx(0.02)
     listed = WatchRecipe(guards=["mine"], tasks="none")
-    assert [line.name for line in lines.watched(listed, STREAM, guards, 1, 0)] == ["b", "mine"]
+    chosen = lines.watched(listed, None, STREAM, guards, 1, 0)
+    assert [line.name for line in chosen] == ["b", "mine"]
 
 
 def test_halves_have_every_row_once() -> None:
@@ -267,7 +269,7 @@ def test_a_perplexity_may_rise_by_a_share(folder: RunFolder) -> None:
     assert line.allowed == pytest.approx(np.log(1.02))
     now = [example(i, 1.0 + 0.01 * i, 10.0) for i in range(9)]
     before = [example(i, 1.0, 10.0) for i in range(9)]
-    found = lines.change(now, before, line, 0.9)
+    found = change(now, before, line, 0.9)
     assert found.value == pytest.approx(-0.04)
     assert found.low < found.value < found.high < 0
 
@@ -296,7 +298,7 @@ def test_names_that_no_guard_has_are_refused(settings: dict[str, object], words:
 
 def test_few_rows_are_looked_at_but_not_judged_and_bear_no_budget() -> None:
     few = Guard("few", read_rows(asked(7)), "exact_match")
-    line = lines.watched(WatchRecipe(), STREAM, [few], 0, 0)[-1]
+    line = lines.watched(WatchRecipe(), None, STREAM, [few], 0, 0)[-1]
     assert (line.name, line.size, line.allowed) == ("few", 7, None)
     budget = BudgetRecipe.model_validate({"few": 1.0})
     with pytest.raises(RecipeError, match=r"at least 16 evaluation rows.* 'few' \(7\)"):

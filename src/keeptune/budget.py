@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from keeptune.bisection import largest_share
+from keeptune.changes import Scorer, point
 from keeptune.intervals import Bounds
-from keeptune.lines import Line, Scorer, halves, point
+from keeptune.lines import Line, halves
 from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.watchlog import Tried
 

@@ -69,6 +69,11 @@ class Chain:
     def __iter__(self) -> Iterator[Method]:
         return iter(self.methods)
 
+    def hold(self, effort: float) -> None:
+        """Let every method that can be steered hold so many times as hard as it is set."""
+        for method in self.methods:
+            method._effort = effort
+
     def begin_task(self, ctx: Context) -> None:
         """Run every method's `begin_task`, with last task's evidence cleared."""
         for method in self.methods:

@@ -216,7 +216,7 @@ def _fallen(folder: RunFolder) -> str | None:
     found = []
     for look in looks(folder):
         names = ", ".join(repr(point.name) for point in look.points if point.is_below)
-        if look.action == "warn":
+        if look.action in ("warn", "strengthen"):
             found.append(f"{names} fell at step {look.step} of {look.steps} of task {look.task!r}")
         elif look.action:
             back = f" with the weights of step {look.back_to}" * (look.back_to is not None)

@@ -158,11 +158,13 @@ class Bounds:
         value: The change seen.
         low: The true one is above this.
         high: The true one is below this.
+        error: Its standard error.
     """
 
     value: float
     low: float
     high: float
+    error: float
 
 
 def paired_change(
@@ -198,7 +200,7 @@ def paired_change(
     means = resample(kinds[:1], kinds[1:], rng, draws, times)[:, 0]
     low, high = np.quantile(means, [1 - confidence, confidence]).tolist()
     step = abs(imagined[0] - imagined[1]) / 2 / len(drawn)
-    return Bounds(value, min(low, value) - step, max(high, value) + step)
+    return Bounds(value, min(low, value) - step, max(high, value) + step, float(means.std()))
 
 
 def t975(degrees: int) -> float:

@@ -1,36 +1,24 @@
-"""What must not fall, and how far it may: guards and earlier tasks, compared with earlier scores.
-
-A line is judged by the same examples before and now. What is said about it holds with the
-confidence asked for, by `intervals.paired_change`.
-"""
+"""What must not fall, and how far it may: guards and earlier tasks, against earlier scores."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from keeptune.errors import RecipeError, suggest
-from keeptune.folder import RunFolder
 from keeptune.guard import Guard
 from keeptune.guards import GROUPS
-from keeptune.intervals import Array, Bounds, generator, paired_change
-from keeptune.privacy import without_text
+from keeptune.intervals import generator
 from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
-from keeptune.records import Example, Kind, Unit
+from keeptune.records import Kind, Unit
 from keeptune.rows import Rows
-from keeptune.scorers import cell_score
 from keeptune.stream import Task, TaskStream
-from keeptune.watchlog import Point, Role
+from keeptune.watchlog import Role
 
 PAST = "past_tasks"
 FEWEST = 8  # rows below which nothing is sure
-Scorer = Callable[["Probe"], Sequence[Example]]
-# Whether a line is below what is allowed, by its change at any confidence.
-Judge = Callable[[float, Callable[[float], Bounds]], bool]
 
 
 @dataclass(frozen=True)
@@ -99,32 +87,41 @@ class Line:
 
 
 def watched(
-    settings: WatchRecipe, stream: TaskStream, guards: Sequence[Guard], index: int, seed: int
+    settings: WatchRecipe,
+    budget: BudgetRecipe | None,
+    stream: TaskStream,
+    guards: Sequence[Guard],
+    index: int,
+    seed: int,
 ) -> list[Line]:
-    """The samples to look at while a task is learned; what it learns comes first."""
+    """The samples to look at while a task is learned; what it learns comes first.
+
+    All are compared with their scores before the task. But what strengthens its methods to keep a
+    budget counts as the budget does, see `held`.
+    """
     here = stream[index]
     lines = [Line(here.name, "learning", [_probe("task", index, here, index)], None)]
-    if settings.tasks == "past":
-        lines += [
-            Line(
-                task.name,
-                "task",
-                [_probe("task", i, task, index)],
-                _allowed(settings.lines.get(PAST, 0.0), task.unit, is_past=True),
-            )
-            for i, task in enumerate(list(stream)[:index])
-        ]
-    for name in watched_names(settings, guards):
-        allowed = settings.lines.get(name, 0.0)
-        lines += guard_lines(name, guards, index, allowed)
+    spent = budget.guards if budget is not None and settings.on_drop == "strengthen" else {}
+    past = budget.past_tasks if budget is not None and settings.on_drop == "strengthen" else None
+    for i, task in enumerate(list(stream)[:index] if settings.tasks == "past" else []):
+        probe = _probe("task", i, task, index if past is None else i + 1)
+        loss = settings.lines.get(PAST, 0.0) if past is None else past
+        lines.append(Line(task.name, "task", [probe], _allowed(loss, task.unit, is_past=True)))
+    for name in watched_names(settings, list(spent), guards):
+        if name in spent:
+            lines += guard_lines(name, guards, 0, spent[name])
+        else:
+            lines += guard_lines(name, guards, index, settings.lines.get(name, 0.0))
     return [_sampled(line, settings.items, seed) for line in lines]
 
 
-def watched_names(settings: WatchRecipe, guards: Sequence[Guard]) -> list[str]:
+def watched_names(
+    settings: WatchRecipe, budgeted: Sequence[str], guards: Sequence[Guard]
+) -> list[str]:
     """The guards and groups to look at: those listed, or those with a line and all others."""
     if settings.guards is not None:
         return settings.guards
-    named = [name for name in settings.lines if name != PAST]
+    named = [name for name in dict.fromkeys([*settings.lines, *budgeted]) if name != PAST]
     covered = {g.name for name in named for _, g in members(name, guards)}
     return [*named, *(g.name for g in guards if g.rows and g.name not in covered)]
 
@@ -279,70 +276,3 @@ def _sampled(line: Line, items: int, seed: int) -> Line:
     order = generator(seed, "watch", line.name).permutation(line.size)
     part = line.part(order[:items].tolist())
     return part if part.size >= FEWEST else dataclasses.replace(part, allowed=None)
-
-
-# -- what they show -------------------------------------------------------------------------------
-
-
-class Earlier:
-    """What rows scored before, as a run folder has it; each file is read once.
-
-    Args:
-        folder: The run.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-        self._known: dict[tuple[int, Kind, int], dict[int, Example]] = {}
-
-    def __call__(self, probe: Probe) -> list[Example]:
-        """The results of a probe's rows, without their texts."""
-        key = (probe.before, probe.kind, probe.index)
-        if key not in self._known:
-            cell = self._folder.cell(*key)
-            assert cell is not None
-            self._known[key] = {example.id: without_text(example) for example in cell.examples}
-        return [self._known[key][i] for i in probe.ids]
-
-
-def point(line: Line, score: Scorer, before: Scorer, confidence: float, is_below: Judge) -> Point:
-    """Score a line's rows and compare them with their scores before.
-
-    Args:
-        line: What.
-        score: Scores rows, with what the model is now.
-        before: Knows what they scored before.
-        confidence: Of each bound.
-        is_below: Judges the change of a line that has an allowance.
-    """
-    now = [example for probe in line.probes for example in score(probe)]
-    earlier = [example for probe in line.probes for example in before(probe)]
-    found = change(now, earlier, line, confidence)
-    return Point(
-        name=line.name,
-        role=line.role,
-        unit=line.unit,
-        n=len(now),
-        score=cell_score(now, line.unit),
-        change=found.value,
-        low=found.low,
-        high=found.high,
-        allowed=line.allowed,
-        is_below=line.allowed is not None
-        and is_below(line.allowed, lambda sure: change(now, earlier, line, sure)),
-    )
-
-
-def change(
-    now: Sequence[Example], before: Sequence[Example], line: Line, confidence: float
-) -> Bounds:
-    """The mean change for the better of the same examples, with a bound on each side."""
-    sign = 1.0 if line.unit == "share" else -1.0
-    pairs = zip(now, before, strict=True)
-    changes: Array = np.array([sign * (a.score - b.score) for a, b in pairs], dtype=np.float64)
-    weights: Array = np.array([example.weight for example in now], dtype=np.float64)
-    # An answer can turn from right to wrong; a likelihood moves about as far as the others do.
-    mean, spread = float(changes.mean()), float(changes.std())
-    imagined = (1.0, -1.0) if line.unit == "share" else (mean + spread, mean - spread)
-    rng = generator("paired", line.name, len(now))
-    return paired_change(changes, weights, imagined, confidence, rng)

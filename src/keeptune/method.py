@@ -202,6 +202,8 @@ class Method(BaseModel):
             order and adds none before its turn. A method without a `data` verb need not say so.
         served: What can be exported: "one model" for all tasks, a model "per task", or nothing,
             because answers come from "keeptune" and not from a model alone.
+        steered: The setting that says how hard it holds, if that can be raised while a task is
+            learned: then it acts as if this setting were `_effort` times what it is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -214,8 +216,10 @@ class Method(BaseModel):
     excludes: ClassVar[frozenset[str]] = frozenset()
     keeps_order: ClassVar[bool] = False
     served: ClassVar[Literal["one model", "per task", "keeptune"]] = "one model"
+    steered: ClassVar[str] = ""
 
     _evidence: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _effort: float = PrivateAttr(1.0)
 
     @model_validator(mode="wrap")
     @classmethod

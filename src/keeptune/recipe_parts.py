@@ -202,9 +202,9 @@ class WatchRecipe(Part):
     """Look at the tasks learned before, or at no earlier task."""
     max_overhead: float = Field(0.1, gt=0, le=1)
     """Largest share of the time of training that looks may take; 1 never leaves one out."""
-    on_drop: Literal["warn", "stop", "rollback"] = "warn"
+    on_drop: Literal["warn", "stop", "rollback", "strengthen"] = "warn"
     """When something falls below its line: say so, end the task, or end it at the last weights \
-that were seen inside all lines."""
+that were seen inside all lines; strengthen: let the methods hold as hard as keeps all inside."""
     lines: dict[Text, Limit] = {}
     """Points that a guard, or past_tasks, may fall while a task is learned (for a perplexity, its \
 relative rise); default: 0, so that any sure loss counts."""

@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from keeptune import lines, state, watchlog
+from keeptune import lines, registry, state, watchlog
 from keeptune.budget import Between, find_step, put, snapshot
+from keeptune.changes import Earlier
+from keeptune.controller import LARGEST
 from keeptune.errors import RecipeError
 from keeptune.evaluate import score_rows
 from keeptune.folder import RunFolder
-from keeptune.lines import Earlier, Probe
+from keeptune.lines import Probe
 from keeptune.method import Context, Method
 from keeptune.processes import launched
 from keeptune.progress import Progress
@@ -41,8 +43,8 @@ def refuse(plan: Plan) -> None:
     """Refuse a watch or a budget that cannot be kept.
 
     Raises:
-        RecipeError: Names that no guard has, methods that it does not go together with, or several
-            processes.
+        RecipeError: Names that no guard has, methods that it does not go together with, none that
+            can be strengthened, or several processes.
     """
     for field, settings in (("watch", plan.watch), ("budget", plan.budget)):
         if settings is not None and launched() > 1:
@@ -56,7 +58,19 @@ def refuse(plan: Plan) -> None:
                     f"{field} cannot be used with the method {method.name()!r}, which {why}. "
                     "Remove one of them."
                 )
+    if plan.watch is not None and plan.watch.on_drop == "strengthen":
+        _require_steered(plan.methods)
     lines.refuse_unknown(plan.watch, plan.budget, plan.stream, plan.guards)
+
+
+def _require_steered(methods: Sequence[Method]) -> None:
+    if not any(method.steered and not method.is_neutral() for method in methods):
+        able = [name for name in registry.names() if registry.get(name).steered]
+        raise RecipeError(
+            "watch.on_drop: strengthen raises how hard methods hold, and none of methods here can "
+            f"be raised ({', '.join(m.name() for m in methods) or 'plain'}). Add one of "
+            f"{', '.join(able)}, or choose warn, stop or rollback."
+        )
 
 
 def _clash(field: str, method: Method) -> str:
@@ -110,12 +124,15 @@ class Steering:
     def begin(self, ctx: Context) -> None:
         """A task begins: its first weights are kept where they may be wanted again."""
         plan, self._watch, self.seconds = self.session.plan, None, 0.0
+        self.session.chain.hold(1.0)
         self._before = Earlier(self.folder)
         goes_back = plan.watch is not None and plan.watch.on_drop == "rollback"
         self._old = snapshot(ctx.trainable()) if goes_back or plan.budget is not None else {}
         self._good = self._old
         if plan.watch is not None:
-            chosen = lines.watched(plan.watch, plan.stream, plan.guards, ctx.index, plan.seed)
+            chosen = lines.watched(
+                plan.watch, plan.budget, plan.stream, plan.guards, ctx.index, plan.seed
+            )
             self._watch = Watch(plan.watch, chosen, self._before, ctx.task, ctx.index, self._clock)
 
     def start(self, step: int, steps: int) -> None:
@@ -144,11 +161,14 @@ class Steering:
             put(ctx.trainable(), self._good)
         elif self._watch.good_step == step and self._watch.settings.on_drop == "rollback":
             self._good = snapshot(ctx.trainable())
+        told = {f"watch/{p.name}": p.score for p in look.points}
+        told |= {f"watch_change/{p.name}": p.change for p in look.points}
+        if look.effort is not None:
+            self.session.chain.hold(look.effort)
+            told["watch_effort"] = look.effort
         watchlog.add(self.folder, look)
         self._tell(look)
-        return {f"watch/{p.name}": p.score for p in look.points} | {
-            f"watch_change/{p.name}": p.change for p in look.points
-        }
+        return told
 
     def end(self, ctx: Context) -> None:
         """A task is trained: take as much of it as the budget allows."""
@@ -178,6 +198,8 @@ class Steering:
         if self._watch is None:
             return
         self._watch.restore(state.read_json(folder / "watch.json"))
+        if self._watch.controller is not None:
+            self.session.chain.hold(self._watch.controller.effort)
         device = next(self.session.model.parameters()).device
         kept = load_file(folder / "watch.safetensors")
         self._good = {name: tensor.to(device) for name, tensor in kept.items()}
@@ -248,6 +270,9 @@ def said(look: Look) -> str:
     )
     if look.action == "warn":
         return f"{sentence}."
+    if look.effort is not None:
+        most = ", which is the most" if look.effort >= LARGEST else ""
+        return f"{sentence}; the methods now hold {look.effort:.2g} times as hard{most}."
     back = f" with the weights of step {look.back_to}" if look.action == "rollback" else ""
     return f"{sentence}; the task ends here{back}."
 

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from keeptune.changes import Scorer, point
+from keeptune.controller import Controller
 from keeptune.intervals import Bounds
-from keeptune.lines import Line, Scorer, point
+from keeptune.lines import Line
 from keeptune.recipe_parts import WatchRecipe
 from keeptune.watchlog import Action, Look, Point
 
@@ -91,6 +93,9 @@ class Watch:
         task: The task's name.
         index: Its position in the stream.
         clock: Seconds that only ever grow.
+
+    Attributes:
+        controller: Finds how hard the methods shall hold; None where that is not steered.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class Watch:
         self.fallen: list[str] = []
         self.ended = False
         self.good_step = 0
+        self.controller = Controller() if settings.on_drop == "strengthen" else None
 
     def start(self, steps: int) -> Look:
         """The look before the first step, at scores that are known already."""
@@ -128,6 +134,9 @@ class Watch:
             look = self._look(step, steps, score)
         seconds = self.pace.spent - spent
         look = look.model_copy(update={"seconds": seconds, "overhead": self.pace.overhead})
+        if self.controller is not None:
+            self.controller.update(look.points)
+            look = look.model_copy(update={"effort": self.controller.effort})
         return look.model_copy(update=self._judge(look))
 
     def _judge(self, look: Look) -> dict[str, Any]:
@@ -136,10 +145,10 @@ class Watch:
             self.good_step = look.step
             return {}
         action: Action = self.settings.on_drop
-        if action == "warn":
+        if action in ("warn", "strengthen"):
             new = set(fallen) - set(self.fallen)
             self.fallen = sorted({*fallen, *self.fallen})
-            return {"action": "warn" if new else ""}
+            return {"action": action if new else ""}
         self.fallen, self.ended = fallen, True
         return {"action": action, "back_to": self.good_step if action == "rollback" else None}
 
@@ -164,6 +173,7 @@ class Watch:
             seconds=0.0,
             overhead=0.0,
             points=points,
+            effort=None if self.controller is None else self.controller.effort,
         )
 
     def state(self) -> dict[str, Any]:
@@ -173,6 +183,7 @@ class Watch:
             "fallen": self.fallen,
             "ended": self.ended,
             "good_step": self.good_step,
+            "controller": None if self.controller is None else self.controller.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -180,3 +191,5 @@ class Watch:
         self.pace.restore(state["pace"])
         self.fallen, self.ended = list(state["fallen"]), bool(state["ended"])
         self.good_step = int(state["good_step"])
+        if self.controller is not None:
+            self.controller.restore(state["controller"])

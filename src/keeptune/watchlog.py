@@ -19,7 +19,7 @@ from keeptune.records import Unit
 
 FILE = "watch.jsonl"
 Role = Literal["learning", "task", "guard"]
-Action = Literal["", "warn", "stop", "rollback"]
+Action = Literal["", "warn", "stop", "rollback", "strengthen"]
 
 
 class _Record(BaseModel):
@@ -40,6 +40,7 @@ class Point(_Record):
         low: The true change is above this, at the confidence asked for.
         high: The true change is below this, at the confidence asked for.
         allowed: How far it may fall, in the same unit; None where nothing was said.
+        error: Standard error of the change; None in looks of older versions.
         is_below: A look: it has surely fallen further than that. A step of the budget: it is not
             sure that it has not.
     """
@@ -54,6 +55,7 @@ class Point(_Record):
     high: float
     allowed: float | None
     is_below: bool
+    error: float | None = None
 
 
 class Look(_Record):
@@ -69,6 +71,8 @@ class Look(_Record):
         points: What it showed.
         action: What was done about it.
         back_to: After a rollback, the step whose weights were taken.
+        effort: How hard the methods hold from here on, as a multiple of what they are set to; None
+            where that is not steered.
     """
 
     task: str
@@ -80,6 +84,7 @@ class Look(_Record):
     points: list[Point]
     action: Action = ""
     back_to: int | None = None
+    effort: float | None = None
 
 
 class Tried(_Record):

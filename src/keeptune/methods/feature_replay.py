@@ -63,6 +63,7 @@ class FeatureReplay(Method):
     neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
     proof: ClassVar[str] = "rows_rehearsed"
     traits: ClassVar[frozenset[str]] = frozenset({"buffer", "freeze"})
+    steered: ClassVar[str] = "strength"
 
     _buffer: Buffer = PrivateAttr()
     _frozen: list[str] = PrivateAttr(default_factory=list)
@@ -118,7 +119,7 @@ class FeatureReplay(Method):
             found = batch_gradient(ctx, weights, batch, lambda part: logits_of(ctx, part), *words)
         for weight, gradient in zip(weights, found, strict=True):
             assert weight.grad is not None
-            weight.grad.add_(gradient, alpha=self.strength)
+            weight.grad.add_(gradient, alpha=self.strength * self._effort)
         shown = self._evidence
         shown["rows_rehearsed"] = shown.get("rows_rehearsed", 0) + len(drawn)
 

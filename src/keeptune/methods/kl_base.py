@@ -54,6 +54,7 @@ class KLBase(Method):
     proof: ClassVar[str] = "kl"
     active_from: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"answers"})
+    steered: ClassVar[str] = "strength"
 
     _base: Frozen = PrivateAttr(default_factory=lambda: Frozen({}))
     _store: Store = PrivateAttr(default_factory=Store)
@@ -90,7 +91,7 @@ class KLBase(Method):
         """Add the term of one micro batch."""
         if self.strength and not self.texts:
             assert ctx.answers is not None
-            weight = self.strength / ctx.answers_in_step
+            weight = self.strength * self._effort / ctx.answers_in_step
             ctx.answers.add(self._term(ctx, batch), weight, self._note)
             self._sums.add(2, len(batch["labels"]))
         return None
@@ -105,7 +106,8 @@ class KLBase(Method):
 
         def mean(part: Batch) -> Tensor:
             answers = ctx.read(part)
-            answers.add(self._term(ctx, part), self.strength / total, self._note)
+            weight = self.strength * self._effort / total
+            answers.add(self._term(ctx, part), weight, self._note)
             self._sums.add(2, len(part["labels"]))
             value = answers.total()
             assert value is not None

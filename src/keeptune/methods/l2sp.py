@@ -84,4 +84,5 @@ class L2SP(Anchored):
         value = weights.value(name)
         for span in weights.spans(name):
             anchor, _ = self._block(name, span, value.device)
-            value[span].lerp_(anchor, learning_rate * self._strength)
+            # Not beyond the anchor, however hard it is to hold.
+            value[span].lerp_(anchor, min(learning_rate * self._strength, 1.0))

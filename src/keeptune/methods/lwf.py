@@ -49,6 +49,7 @@ class LwF(Method):
     proof: ClassVar[str] = "kl"
     active_from: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"answers"})
+    steered: ClassVar[str] = "strength"
 
     _teacher: Frozen = PrivateAttr(default_factory=lambda: Frozen({}))
     _teacher_of: int = PrivateAttr(-1)
@@ -94,7 +95,8 @@ class LwF(Method):
             known = torch.ones(len(ctx.answers), dtype=torch.bool, device=ctx.device)
             self._sums.add(2, len(batch["labels"]))
         self._sums.add(1, known.sum())
-        ctx.answers.add(term, known * (self.strength / ctx.answers_in_step), self._note)
+        weight = self.strength * self._effort / ctx.answers_in_step
+        ctx.answers.add(term, known * weight, self._note)
         return None
 
     def _look_back(self, ctx: Context) -> None:

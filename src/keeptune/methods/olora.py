@@ -48,6 +48,7 @@ class OLoRA(Stacked):
     norm_strength: float = Field(0.0, ge=0, description="weight of the new factors' norms; λ2")
 
     proof: ClassVar[str] = "gradient_share"
+    steered: ClassVar[str] = "strength"
 
     @torch.no_grad()
     def gradients(self, ctx: Context) -> None:
@@ -59,7 +60,8 @@ class OLoRA(Stacked):
             if FIRST in layer.lora_A:
                 a = layer.lora_A[FIRST].weight
                 old = torch.cat([layer.lora_A[name].weight.flatten(1) for name in self._frozen])
-                gradient = overlap_gradient(old, a.flatten(1)).mul_(self.strength)
+                gradient = overlap_gradient(old, a.flatten(1))
+                gradient.mul_(self.strength * self._effort)
                 pulls.append((a, gradient.view_as(a)))
         if self.norm_strength:
             for factor in factors(ctx.model, FIRST).values():

@@ -6,8 +6,8 @@ Paper: Robins 1995, https://doi.org/10.1080/09540099550039318 ; Chaudhry et al. 
     https://arxiv.org/abs/2511.22367
 Equation: train on D_t plus round(ratio |D_t|) rows drawn from what is kept of D_1 … D_{t-1};
     online each step's batch holds ratio old rows for each new one, drawn from a reservoir of all
-    rows seen in the steps before, the present task's too
-Changes: data, end_task
+    rows seen in the steps before, the present task's too; strengthened, see below
+Changes: data, gradients, end_task
 Cost: for at most `size` rows 2.2 bytes a token for vocabularies of at most 65,536, else 4.2; in a
     run folder all but the newest 8192 of them lie in files. Training rows grow by `ratio`.
     surprise, herding and diversity: one forward pass over the task's rows at its end; the last two
@@ -19,12 +19,15 @@ Differs from the paper: rows are mixed into the task's data set and shuffled wit
     memory batch beside each new batch; rows are chosen when a task ends, by the model that has
     learned it. herding goes by the mean last hidden state of a row; surprise is the choice of rows
     only, without SuRe's slow and fast adapters. Online it is the paper's, but that a batch of one
-    size holds both kinds of rows.
+    size holds both kinds of rows. Strengthened (`watch.on_drop`) to e times its ratio while a task
+    is learned, a step adds (e − 1) ratio / (1 + ratio) times the mean loss of other old rows: as
+    many as the higher ratio would have put beside, at most as many as the step has.
 Status: contract tested
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar
 
 from datasets import Dataset
@@ -35,7 +38,9 @@ from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
 from keeptune.methods._arrivals import mixed
 from keeptune.methods._measure import features, losses
+from keeptune.methods._reference import mean_gradient, moved_weights
 
+MORE = "rows_replayed_more"  # evidence: rows beside those mixed in
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -64,6 +69,7 @@ class Replay(Method):
     proof: ClassVar[str] = "rows_replayed"
     traits: ClassVar[frozenset[str]] = frozenset({"buffer"})
     keeps_order: ClassVar[bool] = True
+    steered: ClassVar[str] = "ratio"
 
     _buffer: Buffer = PrivateAttr()
 
@@ -121,6 +127,21 @@ class Replay(Method):
             return dataset
         return self._buffer.beside(dataset, drawn)
 
+    def gradients(self, ctx: Context) -> None:
+        """Strengthened while a task is learned, add the gradient of further old rows."""
+        share = (self._effort - 1) * self.ratio / (1 + self.ratio)
+        amount = min(math.ceil(share * ctx.rows_in_step), ctx.rows_in_step)
+        random = ctx.random("replay", "more", ctx.step)
+        drawn = self._buffer.draw(amount, random, weights=self.task_weights) if amount else []
+        if not drawn:
+            return
+        weights, rows = moved_weights(ctx), self._buffer.examples(drawn)
+        found = mean_gradient(ctx, weights, rows, "dropout", "replay", ctx.step)
+        for weight, gradient in zip(weights, found, strict=True):
+            assert weight.grad is not None
+            weight.grad.add_(gradient, alpha=share)
+        self._evidence[MORE] = self._evidence.get(MORE, 0) + len(drawn)
+
     def end_task(self, ctx: Context) -> None:
         """Show the task's rows to the buffer."""
         values = None
@@ -132,12 +153,14 @@ class Replay(Method):
         self._buffer.add(ctx.dataset, ctx.task, random, values, folder=ctx.folder)
 
     def state(self) -> State:
-        """The buffer."""
-        return self._buffer.state()
+        """The buffer, and what was counted."""
+        own = self._buffer.state()
+        return State(own.tensors, {k: v for k, v in self._evidence.items() if k == MORE}, own.files)
 
     def restore(self, ctx: Context, state: State) -> None:
         """Take the buffer back."""
         self._buffer.restore(state, ctx.folder)
+        self._evidence |= state.values
 
     def declared_bytes(self, ctx: Context) -> int:
         """Of each token its id and a bit; of each row its length, task, class and rank."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from keeptune.controller import LARGEST
 from keeptune.folder import RunFolder
 from keeptune.intervals import Estimate
 from keeptune.report.axes import Axis, axis_for, mark
@@ -14,6 +16,7 @@ from keeptune.wording import estimate_text, value_text
 
 Ticks = list[tuple[float, str]]
 Cells = list[str]
+EFFORT = "how hard the methods hold"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Curve:
 
     Attributes:
         name: Its name.
-        kind: "task" or "guard", for its colour.
+        kind: "task", "guard" or "before", for its colour.
         what: What it shows, in a few words.
         ticks: Of the upright axis.
         below: Of the level axis.
@@ -62,13 +65,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class WatchView:
-    """Curves over the steps of the stream, their table, and what was done."""
+    """Curves over the steps of the stream, their table, and what was done.
+
+    `is_steered` says whether it was looked at to find how hard the methods must hold.
+    """
 
     curves: list[Curve]
-    names: Cells
+    heads: Cells
     rows: list[Cells]
     acts: Cells
     overhead: str
+    is_steered: bool
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,15 @@ def watch_view(folder: RunFolder) -> WatchView | None:
     starts, total = _starts(every)
     names = list(dict.fromkeys(point.name for look in every for point in look.points))
     shares = {look.index: look.overhead for look in every}
+    curves = [_over_steps(name, every, starts, total) for name in names]
+    steered = [look for look in every if look.effort is not None]
     return WatchView(
-        curves=[_over_steps(name, every, starts, total) for name in names],
-        names=names,
-        rows=[_row(look, names) for look in every],
+        curves=[*curves, _efforts(steered, starts, total)] if steered else curves,
+        heads=["task", "step", *names, *([EFFORT] if steered else []), "action"],
+        rows=[_row(look, names, is_steered=bool(steered)) for look in every],
         acts=[_act(look) for look in every if look.action],
         overhead=f"{100 * max(shares.values()):.0f}",
+        is_steered=bool(steered),
     )
 
 
@@ -122,8 +132,8 @@ def _over_steps(name: str, every: Sequence[Look], starts: dict[int, int], total:
         kind="guard" if first.role == "guard" else "task",
         what="guard" if first.role == "guard" else "task",
         ticks=[(_height(axis, at), label) for at, label in axis.ticks[::2]],
-        below=[(0.0, "0"), (100.0, f"step {total:,}")],
-        cuts=[round(100 * starts[index] / total, 2) for index in tasks if starts[index]],
+        below=_steps(total),
+        cuts=_beginnings(tasks, starts, total),
     )
     curve.what += ", perplexity" if first.unit == "perplexity" else ""
     for index in tasks:
@@ -139,10 +149,46 @@ def _over_steps(name: str, every: Sequence[Look], starts: dict[int, int], total:
     return curve
 
 
-def _row(look: Look, names: Sequence[str]) -> Cells:
+def _efforts(steered: Sequence[Look], starts: dict[int, int], total: int) -> Curve:
+    """How hard the methods held, on a scale from 1 to the most in powers."""
+    curve = Curve(
+        name=EFFORT,
+        kind="before",
+        what="times what they are set to",
+        ticks=[(100.0, "1"), (50.0, f"{LARGEST**0.5:.0f}"), (0.0, f"{LARGEST:.0f}")],
+        below=_steps(total),
+        cuts=_beginnings([look.index for look in steered], starts, total),
+    )
+    for index in dict.fromkeys(look.index for look in steered):
+        dots = []
+        for look in steered:
+            if look.index == index and look.effort is not None:
+                x = round(100 * (starts[index] + look.step) / total, 2)
+                y = round(100 * (1 - math.log(look.effort) / math.log(LARGEST)), 2)
+                dots.append(Dot(x, y, y, y, _times(look)))
+        curve.dots += dots
+        curve.lines.append(" ".join(f"{dot.x},{dot.y}" for dot in dots))
+    return curve
+
+
+def _steps(total: int) -> Ticks:
+    return [(0.0, "0"), (100.0, f"step {total:,}")]
+
+
+def _beginnings(indices: Iterable[int], starts: dict[int, int], total: int) -> list[float]:
+    """Where tasks begin, but for the first."""
+    return [round(100 * starts[i] / total, 2) for i in dict.fromkeys(indices) if starts[i]]
+
+
+def _times(look: Look) -> str:
+    return "–" if look.effort is None else f"{look.effort:.2g}\u00a0×"
+
+
+def _row(look: Look, names: Sequence[str], *, is_steered: bool) -> Cells:
     shown = {point.name: point for point in look.points}
     cells = [_scored(shown[name]) if name in shown else "–" for name in names]
-    return [look.task, f"{look.step:,}", *cells, look.action]
+    effort = [_times(look)] if is_steered else []
+    return [look.task, f"{look.step:,}", *cells, *effort, look.action]
 
 
 def _scored(point: Point) -> str:
@@ -157,6 +203,7 @@ def _act(look: Look) -> str:
         "warn": "a warning was given",
         "stop": "the task ended there",
         "rollback": f"the task ended there, with the weights of step {look.back_to}",
+        "strengthen": f"the methods held {_times(look)} as hard from there on",
     }
     return (
         f"Task {look.task}, step {look.step:,}: {names} fell below the line; {done[look.action]}."

@@ -106,6 +106,7 @@ class Anchored(Method):
     proof: ClassVar[str] = "gradient_share"
     traits: ClassVar[frozenset[str]] = frozenset({"anchor"})
     excludes: ClassVar[frozenset[str]] = frozenset({"structure", "restart"})
+    steered: ClassVar[str] = "strength"
 
     _anchor: dict[str, Kept] = PrivateAttr(default_factory=dict)
     _importance: dict[str, Kept] = PrivateAttr(default_factory=dict)
@@ -185,7 +186,7 @@ class Anchored(Method):
 
     @property
     def _strength(self) -> float:
-        return self._tuned if self.strength == "auto" else float(self.strength)
+        return self._effort * (self._tuned if self.strength == "auto" else float(self.strength))
 
     def _measure(self, ctx: Context, weights: Weights) -> None:
         """Measure the pull at strength 1; settle an automatic strength; leave evidence."""

@@ -38,6 +38,7 @@ class Rehearsed(Method):
     neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
     proof: ClassVar[str] = "rows_replayed"
     traits: ClassVar[frozenset[str]] = frozenset({"buffer"})
+    steered: ClassVar[str] = "strength"
 
     _buffer: Buffer = PrivateAttr()
     _sums: Sums = PrivateAttr(default_factory=lambda: Sums(2))
@@ -103,9 +104,9 @@ class Rehearsed(Method):
         answers = ctx.read(batch)
         n = sum(answers_of(batch)[: len(recorded)])
         outputs = torch.zeros(len(answers), device=ctx.device)
-        outputs[:n] = self.strength / max(1, amounts[0])
+        outputs[:n] = self.strength * self._effort / max(1, amounts[0])
         others = torch.zeros(len(answers), device=ctx.device)
-        others[n:] = self._label_weight() / max(1, amounts[1])
+        others[n:] = self._label_weight() * self._effort / max(1, amounts[1])
         answers.add(CrossEntropy(ctx.answer_labels(batch)), others)
         squares = torch.zeros((), device=ctx.device)
         kept = self._buffer.extras(recorded)
