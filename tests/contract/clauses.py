@@ -7,6 +7,7 @@ has a planted fault in `test_planted_faults.py` that it must catch.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -350,6 +351,21 @@ def is_published(cls: type[Method], root: Path = ROOT) -> None:
     assert name in listed, f"{recipe} runs {listed}"
     page = root / f"docs/methods/{name}.md"
     assert page.is_file(), f"there is no {page}"
+
+
+def is_steered_as_set(subject: Subject, *, lora: bool) -> None:
+    """18: strengthened to twice what it is set to, it learns what it does at twice the setting, bit
+    for bit; where that is a ratio of rows, which are mixed before, it learns otherwise.
+    """
+    cls, every = subject.cls, subject.make().model_dump()
+    harder = stage.run((dataclasses.replace(subject, effort=2.0),), lora=lora)
+    if cls.steered == "ratio":
+        assert stage.distance(harder, stage.run((subject,), lora=lora)) > 0, "it holds no harder"
+        return
+    names = ["share"] if every[cls.steered] == "auto" else [cls.steered, *cls.neutral]
+    doubled = dict(subject.settings) | {name: 2 * every[name] for name in names}
+    wanted = stage.run((Subject(cls, tuple(doubled.items())),), lora=lora)
+    assert stage.same(harder.weights[-1], wanted.weights[-1]), "it is not as if set to twice"
 
 
 # -- what is served -------------------------------------------------------------------------------

@@ -41,14 +41,17 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A method under test, with the settings at which it is looked at."""
+    """A method under test, with the settings at which it is looked at, and how hard it holds."""
 
     cls: type[Method]
     settings: tuple[tuple[str, Any], ...] = ()
+    effort: float = 1.0
 
     def make(self) -> Method:
         """A fresh method."""
-        return self.cls(**dict(self.settings))
+        method = self.cls(**dict(self.settings))
+        Chain([method]).hold(self.effort)
+        return method
 
     @property
     def classes(self) -> bool:

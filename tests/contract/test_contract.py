@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,28 @@ def test_16_is_served_as_it_says(subject: Subject, lora: bool, tmp_path: Path) -
 @pytest.mark.parametrize("subject", ROUTERS, ids=str)
 def test_17_routes_by_the_question(subject: Subject) -> None:
     clauses.routes_by_the_question(subject)
+
+
+ONCE = {case.values[0].cls: case for case in reversed(CASES)}.values()  # on all weights, if it can
+STEERED = [case for case in ONCE if case.values[0].cls.steered]
+RATIOS = [case for case in STEERED if case.values[0].cls.steered == "ratio"]
+STRENGTHS = [case for case in VARIANTS if case.values[0].cls.steered == "strength"]
+
+
+@pytest.mark.parametrize(("subject", "lora"), STEERED + STRENGTHS)
+def test_18_is_steered_as_set(subject: Subject, lora: bool) -> None:
+    clauses.is_steered_as_set(subject, lora=lora)
+
+
+@pytest.mark.parametrize(("subject", "lora"), RATIOS)
+def test_18_what_draws_more_rows_does_all_else_as_before(
+    subject: Subject, lora: bool, tmp_path: Path
+) -> None:
+    harder = dataclasses.replace(subject, effort=3.0)
+    clauses.accumulation_is_invisible(harder, lora=lora)
+    clauses.goes_on_inside_a_task(harder, tmp_path, lora=lora)
+    clauses.leaves_all_as_found(harder, lora=lora)
+    clauses.declares_its_memory(harder, lora=lora)
 
 
 # -- methods with a quadratic penalty -------------------------------------------------------------

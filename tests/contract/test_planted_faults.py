@@ -1235,6 +1235,28 @@ def test_17_routes_by_nothing() -> None:
         clauses.routes_by_the_question(Subject(First))
 
 
+class Unmoved(LwF):
+    """Says that it can be strengthened, and holds as it is set."""
+
+    def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
+        self._effort = 1.0
+        return super().loss(ctx, batch, outputs)
+
+
+class UnmovedRatio(Replay):
+    """Says so too, and draws no more rows."""
+
+    def gradients(self, ctx: Context) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"), [(Unmoved, "not as if set to twice"), (UnmovedRatio, "holds no harder")]
+)
+def test_18_holds_no_harder(cls: type[Method], words: str) -> None:
+    caught(clauses.is_steered_as_set, cls, words)
+
+
 class Mute(Retrieval):
     """Keeps rows, and shows none."""
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
 from keeptune.method import Context
 from keeptune.methods import _measure
@@ -60,6 +61,33 @@ def test_a_task_gets_its_own_rows_and_some_of_each_earlier_task() -> None:
     assert evidence["rows_new"] == 60
     assert evidence["rows_short"] == 0
     assert evidence["rows_kept"] == 60
+
+
+def test_strengthened_it_adds_the_mean_loss_of_further_old_rows() -> None:
+    """Of words that are one class each, so that the gradient is softmax − label, by hand."""
+    model = Softmax(np.zeros((6, 2)))
+    method = Replay(ratio=0.5)
+    ctx = context(model, examples((0, 1), (1, 1)), task="t0", index=0)
+    method.end_task(ctx)
+    ctx = context(model, examples((4, 0)), task="t1", index=1, rows_in_step=6)
+    model.weight.grad = torch.zeros_like(model.weight)
+    method.gradients(ctx)
+    assert not model.weight.grad.any(), "as it is set it adds nothing"
+    Chain([method]).hold(3.0)
+    # (3 − 1) · 0.5 / 1.5 = 2/3 of a step of 6 rows are 4, of which 2 are kept.
+    method.gradients(ctx)
+    each = 2 / 3 * torch.tensor([0.5, -0.5]) / 2
+    wanted = torch.zeros(6, 2).double()
+    wanted[:2] = each.double()
+    torch.testing.assert_close(model.weight.grad, wanted, atol=1e-7, rtol=1e-6)
+    assert method.evidence()["rows_replayed_more"] == 2
+    # No more rows than the step has, however hard; they weigh the more.
+    Chain([method]).hold(100.0)
+    model.weight.grad.zero_()
+    ctx.rows_in_step = 1
+    method.gradients(ctx)
+    assert method.evidence()["rows_replayed_more"] == 3
+    assert float(model.weight.grad.abs().sum()) == pytest.approx(99 * 0.5 / 1.5)
 
 
 def test_no_row_is_replayed_twice_in_one_task() -> None:
