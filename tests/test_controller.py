@@ -63,25 +63,28 @@ PLANTS = [
 ]
 
 
-def settled(update: Callable[[Sequence[Point]], float], plant: dict[str, float]) -> str:
+def settled(
+    update: Callable[[Sequence[Point]], float], plant: dict[str, float], seed: int = 0
+) -> str:
     """What is wrong with how a controller holds a plant to 0.06; empty if nothing is."""
-    losses, efforts = follow(Plant(**plant, noise=ERROR), update, 0.06, looks=120)
+    losses, efforts = follow(Plant(**plant, noise=ERROR, seed=seed), update, 0.06, looks=120)
     late, held = losses[60:], efforts[60:]
     if losses[40] > 0.06:
         return "it comes too late"
-    if late.mean() > 0.06:
+    # Standard deviations: a look's own error for losses, a factor of 2 for efforts.
+    swing = float(np.exp(np.log(held).std()))
+    if late.std() > ERROR or swing > 2:
+        return f"it swings: losses by {late.std():.3f}, efforts by a factor of {swing:.1f}"
+    if np.mean(late > 0.06) > 0.05:
         return f"it settles at a loss of {late.mean():.3f}"
     if late.mean() < 0.02:
         return f"it holds too hard, {held.mean():.0f} times"
-    # Losses stay in a band as wide as three errors, efforts within a factor of 4 of each other.
-    if np.ptp(late) > 3 * ERROR or held.max() / held.min() > 4:
-        return f"it swings: losses by {np.ptp(late):.3f}, efforts by {held.max() / held.min():.1f}"
     return ""
 
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_it_settles_inside_and_is_still(plant: dict[str, float]) -> None:
-    assert settled(Controller().update, plant) == ""
+    assert [settled(Controller().update, plant, seed) for seed in range(4)] == [""] * 4
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.9])
@@ -142,15 +145,14 @@ def test_the_worst_line_decides_and_lines_without_an_allowance_do_not() -> None:
 @pytest.mark.parametrize(
     ("loss", "allowed", "expected"),
     [
-        (0.08, 0.1, 0.0),  # one error inside of z = 1, from where it is asked for
-        (0.09, 0.1, 0.0),
+        (0.09, 0.1, 0.0),  # one error inside of z = 1, from where it is asked for
         (0.10, 0.1, 1.0),
         (0.20, 0.1, 2.0),
-        (0.075, 0.1, -0.5),
+        (0.085, 0.1, -0.5),
         (0.0, 0.1, -1.0),
-        (0.005, 0.0, 0.0),  # no more than noise
+        (0.01, 0.0, 0.0),  # no more than noise
         (0.02, 0.0, 1.0),
-        (-0.01, 0.0, -1.0),
+        (0.0, 0.0, -1.0),
     ],
 )
 def test_what_a_line_asks_for(loss: float, allowed: float, expected: float) -> None:

@@ -104,6 +104,31 @@ def test_where_the_marks_stand(tmp_path: Path) -> None:
     assert [row[-1] for row in budget.rows] == ["no", "yes", "yes"]
 
 
+def test_how_hard_the_methods_held_is_a_curve_with_its_table(tmp_path: Path) -> None:
+    folder = runs.fabricate(tmp_path / "run", runs.info(("a", "b"), ("capitals",), [runs.EWC]))
+    efforts = ((0, 0, 1.0), (0, 50, 10.0), (0, 100, 100.0), (1, 0, 1.0), (1, 100, 2.5))
+    for index, step, effort in efforts:
+        seen = point("capitals", "guard", is_below=effort == 100)
+        acted = {"action": "strengthen"} if seen.is_below else {}
+        watchlog.add(folder, look("ab"[index], index, step, seen, effort=effort, **acted))
+    shown = watch_view(folder)
+    assert shown is not None
+    assert shown.is_steered
+    held = shown.curves[-1]
+    assert (held.name, held.cuts) == ("how hard the methods hold", [50.0])
+    assert [dot.y for dot in held.dots] == [100.0, 50.0, 0.0, 100.0, 80.1]
+    assert held.lines == ["0.0,100.0 25.0,50.0 50.0,0.0", "50.0,100.0 100.0,80.1"]
+    assert shown.heads == ["task", "step", "capitals", "how hard the methods hold", "action"]
+    assert [row[-2].replace("\u00a0", " ") for row in shown.rows] == [
+        "1 ×", "10 ×", "100 ×", "1 ×", "2.5 ×",
+    ]  # fmt: skip
+    words = Page(render([folder.path])).words.replace("\u00a0", " ")
+    assert "capitals fell below the line; the methods held 100 × as hard from there on" in words
+    assert "The methods held as hard as kept all inside" in words
+    (said,) = (f.message for f in run_checks(folder) if f.code == "KT012")
+    assert said == "'capitals' fell at step 100 of 100 of task 'a'."
+
+
 def test_a_run_that_is_not_watched_shows_nothing_of_it(tmp_path: Path) -> None:
     folder = runs.fabricate(tmp_path / "run")
     assert watch_view(folder) is None

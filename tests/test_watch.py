@@ -244,6 +244,39 @@ def test_a_name_of_a_group_is_all_of_its_guards_together() -> None:
     assert [line.name for line in chosen] == ["b", "mine"]
 
 
+def test_what_is_strengthened_for_a_budget_is_held_to_it() -> None:
+    budget = BudgetRecipe.model_validate({"g": 3.0, "past_tasks": 2.0})
+    settings = WatchRecipe.model_validate(
+        {"on_drop": "strengthen", "lines": {"g": 50.0, "h": 7.0, "past_tasks": 50.0}}
+    )
+
+    def shown(settings: WatchRecipe) -> list[tuple[str, int, float | None]]:
+        chosen = lines.watched(settings, budget, STREAM, GUARDS, 1, 0)
+        return [(line.name, line.probes[0].before, line.allowed) for line in chosen]
+
+    assert shown(settings) == [
+        ("b", 1, None), ("a", 1, 0.02), ("g", 0, 0.03), ("h", 1, pytest.approx(0.07)),
+    ]  # fmt: skip
+    warned = settings.model_copy(update={"on_drop": "warn"})
+    assert [line[1:] for line in shown(warned)[1:3]] == [(1, 0.5), (1, 0.5)]
+
+
+def test_a_controlled_watch_ends_nothing_and_tells_each_line_once(folder: RunFolder) -> None:
+    found = watch(folder, on_drop="strengthen")
+    assert found.start(30).effort == 1.0
+    looks = last(found, scorer(folder, fallen("g", 0.8)), steps=30)
+    assert [look.action for look in looks] == ["strengthen", "", ""]
+    efforts = [look.effort or 0.0 for look in looks]
+    assert 1 < efforts[0] < efforts[1] < efforts[2]
+    again = watch(folder, on_drop="strengthen")
+    again.restore(found.state())
+    same = scorer(folder, lambda probe, scores: scores)
+    after = [w.after_step(40, 100, same) for w in (found, again)]
+    assert after[0] == after[1]
+    assert after[0] is not None
+    assert 1 < (after[0].effort or 0) < efforts[2]
+
+
 def test_halves_have_every_row_once() -> None:
     line = lines.held(BudgetRecipe(past_tasks=1.0), STREAM, GUARDS, 1)[1]
     one, two = lines.halves(line, seed=3)

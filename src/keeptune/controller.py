@@ -6,20 +6,19 @@ which the settings of the methods are multiplied. 1 is what the recipe says, and
 It is dual ascent on the logarithm of the effort, with a proportional part against swinging (a PI
 controller: Stooke, Achiam, Abbeel 2020, https://arxiv.org/abs/2007.03964):
 
-    x = (loss − edge) / error,   edge = max(allowed − z · error, z · error)
-    e = x over 0, x + z under −z, else 0                          of the worst line, −1 to MOST_SURE
-    I ← I + RAISE · e over 0, I + LOWER · e under 0               within 0 and ln LARGEST
-    effort = exp(I + AT_ONCE · e over 0)                          at most LARGEST
+    e = (loss − edge) / error,   edge = max(allowed − z · error, z · error)
+                                 of the worst line, held within −1 and MOST_SURE
+    I ← I + RAISE · e over 0, I + LOWER · e under 0,   held within 0 and ln LARGEST
+    effort = exp(I + AT_ONCE · e over 0),              at most LARGEST
 
 A line counts in standard errors of its loss. It asks for more when it is no longer z of them inside
 what is allowed, and the loss itself is larger than z; so little is done about noise: z is such that
-at a look all lines together are above it by chance once in 1 / CHANCE times. From there to z
-standard errors less nothing changes, and where there is more room than that, effort is slowly
-given back.
+at a look all lines together are above it by chance once in 1 / CHANCE times. Where every line is
+inside its edge, effort is given back.
 
 Differs from the paper: the multiplier's logarithm is moved, since strengths of use differ by powers
-of ten; there is a zone in which nothing changes; and effort is given back more slowly than it is
-raised, since what was lost does not come back as readily.
+of ten; and effort is given back more slowly than it is raised, since what was lost does not come
+back as readily. So it settles a little inside the edge.
 """
 
 from __future__ import annotations
@@ -85,4 +84,4 @@ def excess(point: Point, z: float) -> float:
     assert point.error is not None
     error = max(point.error, 1e-12)
     beyond = (-point.change - max(point.allowed - z * error, z * error)) / error
-    return min(beyond, MOST_SURE) if beyond > 0 else max(min(beyond + z, 0.0), -1.0)
+    return min(max(beyond, -1.0), MOST_SURE)

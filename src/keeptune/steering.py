@@ -67,8 +67,8 @@ def _require_steered(methods: Sequence[Method]) -> None:
     if not any(method.steered and not method.is_neutral() for method in methods):
         able = [name for name in registry.names() if registry.get(name).steered]
         raise RecipeError(
-            "watch.on_drop: strengthen raises how hard methods hold, and none of methods here can "
-            f"be raised ({', '.join(m.name() for m in methods) or 'plain'}). Add one of "
+            "watch.on_drop: strengthen raises how hard methods hold, and none here can be raised "
+            f"({', '.join(m.name() for m in methods) or 'plain'}). Add one of "
             f"{', '.join(able)}, or choose warn, stop or rollback."
         )
 
@@ -124,7 +124,7 @@ class Steering:
     def begin(self, ctx: Context) -> None:
         """A task begins: its first weights are kept where they may be wanted again."""
         plan, self._watch, self.seconds = self.session.plan, None, 0.0
-        self.session.chain.hold(1.0)
+        self.session.chain.hold(1.0)  # until a look says otherwise
         self._before = Earlier(self.folder)
         goes_back = plan.watch is not None and plan.watch.on_drop == "rollback"
         self._old = snapshot(ctx.trainable()) if goes_back or plan.budget is not None else {}
@@ -141,7 +141,9 @@ class Steering:
             return
         watchlog.cut(self.folder, self._watch.index, step if step else -1)
         if not step:
-            watchlog.add(self.folder, self._watch.start(steps))
+            look = self._watch.start(steps)
+            self.session.chain.hold(look.effort or 1.0)
+            watchlog.add(self.folder, look)
         self._watch.pace.start()
 
     def after_step(self, ctx: Context, step: int, steps: int) -> dict[str, float]:
@@ -272,7 +274,7 @@ def said(look: Look) -> str:
         return f"{sentence}."
     if look.effort is not None:
         most = ", which is the most" if look.effort >= LARGEST else ""
-        return f"{sentence}; the methods now hold {look.effort:.2g} times as hard{most}."
+        return f"{sentence}; the methods now hold {look.effort:.3g} times as hard{most}."
     back = f" with the weights of step {look.back_to}" if look.action == "rollback" else ""
     return f"{sentence}; the task ends here{back}."
 

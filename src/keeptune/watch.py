@@ -5,6 +5,7 @@ Neither the model nor the trainer is known here; `steering` gives both.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,9 @@ class Watch:
 
     def start(self, steps: int) -> Look:
         """The look before the first step, at scores that are known already."""
-        return self._look(0, steps, self._before)
+        before = self._before
+        look = self._look(0, steps, lambda p: before(dataclasses.replace(p, before=self.index)))
+        return self._steered(look)
 
     def after_step(self, step: int, steps: int, score: Scorer) -> Look | None:
         """Look, where it is time to; says in `action` what must be done.
@@ -134,10 +137,12 @@ class Watch:
             look = self._look(step, steps, score)
         seconds = self.pace.spent - spent
         look = look.model_copy(update={"seconds": seconds, "overhead": self.pace.overhead})
-        if self.controller is not None:
-            self.controller.update(look.points)
-            look = look.model_copy(update={"effort": self.controller.effort})
-        return look.model_copy(update=self._judge(look))
+        return self._steered(look.model_copy(update=self._judge(look)))
+
+    def _steered(self, look: Look) -> Look:
+        if self.controller is None:
+            return look
+        return look.model_copy(update={"effort": self.controller.update(look.points)})
 
     def _judge(self, look: Look) -> dict[str, Any]:
         fallen = [p.name for p in look.points if p.is_below]
@@ -173,7 +178,6 @@ class Watch:
             seconds=0.0,
             overhead=0.0,
             points=points,
-            effort=None if self.controller is None else self.controller.effort,
         )
 
     def state(self) -> dict[str, Any]:

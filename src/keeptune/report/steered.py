@@ -181,7 +181,7 @@ def _beginnings(indices: Iterable[int], starts: dict[int, int], total: int) -> l
 
 
 def _times(look: Look) -> str:
-    return "–" if look.effort is None else f"{look.effort:.2g}\u00a0×"
+    return "–" if look.effort is None else f"{look.effort:.3g}\u00a0×"
 
 
 def _row(look: Look, names: Sequence[str], *, is_steered: bool) -> Cells:
