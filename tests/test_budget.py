@@ -12,16 +12,17 @@ import torch
 
 import pico
 from keeptune import bisection, budget, steering, watchlog
-from keeptune.budget import Between, largest_step, put, snapshot
+from keeptune.budget import Between, Steps, largest_step, put, shares, snapshot
 from keeptune.checks import run_checks
 from keeptune.errors import RecipeError
 from keeptune.intervals import paired_change
+from keeptune.layers import blocks_of
 from keeptune.lines import Probe
 from keeptune.notebook import fit
 from keeptune.recipe import parse_recipe
 from keeptune.records import Example
 from keeptune.runs import run
-from keeptune.watchlog import Frontier, Tried
+from keeptune.watchlog import Frontier, Point, Tried
 
 Sample = Literal["search", "fresh"]
 
@@ -35,15 +36,15 @@ def tried(mix: float, sample: Sample, inside: bool) -> Tried:
 
 @pytest.mark.parametrize(("edge", "found"), [(2.0, 1.0), (0.6, 0.59375), (0.3, 0.28125), (0.0, 0)])
 def test_the_largest_step_inside_is_found_to_one_in_32(edge: float, found: float) -> None:
-    step, every = largest_step(lambda mix, sample: tried(mix, sample, mix <= edge))
+    (step,), every = largest_step(lambda mix, sample: tried(*mix, sample, mix[0] <= edge))
     assert step == pytest.approx(found, abs=1e-9)
     assert len(every) <= 1 + bisection.HALVINGS + budget.TRIES
 
 
 def test_a_step_that_is_not_confirmed_goes_down_and_at_last_to_none() -> None:
     def only(edge: float) -> tuple[float, list[str]]:
-        step, every = largest_step(
-            lambda mix, sample: tried(mix, sample, sample == "search" or mix <= edge)
+        (step,), every = largest_step(
+            lambda mix, sample: tried(*mix, sample, sample == "search" or mix[0] <= edge)
         )
         return step, [f"{one.mix} {one.sample}" for one in every]
 
@@ -58,18 +59,104 @@ def test_the_budget_is_kept_on_fresh_samples_in_19_of_20_runs() -> None:
         rng = np.random.default_rng(seed)
         order = rng.random((2, 400))
 
-        def measure(mix: float, sample: Sample) -> Tried:
+        def measure(steps: Steps, sample: Sample) -> Tried:
+            (mix,) = steps
             lost = -(order[int(sample == "fresh")] < 0.06 * mix**2).astype(float)  # noqa: B023
             sure = 0.95 if sample == "search" else 1 - 0.05 / budget.TRIES
             found = paired_change(lost, np.ones(400), (1.0, -1.0), sure, np.random.default_rng(0))
             return tried(mix, sample, found.low >= -allowed)
 
-        step, _ = largest_step(measure)
+        (step,), _ = largest_step(measure)
         kept.append(0.06 * step**2 <= allowed)
         steps.append(step)
     assert np.mean(kept) >= 0.95
     assert all(np.mean(kept[i : i + 20]) >= 0.95 for i in range(0, 100, 20))
     assert np.mean(steps) > 0.2  # half of what could be had, were the truth known
+
+
+# -- blocks of layers -----------------------------------------------------------------------------
+
+# What each block loses when it goes all the way, and what it learns.
+COST, GAIN = (0.06, 0.0, 0.04), (0.1, 0.5, 0.4)
+Floats = tuple[float, ...]
+
+
+def by_block(
+    allowed: float, *, fresh: float = 0.0, cost: Floats = COST, gain: Floats = GAIN
+) -> tuple[Steps, list[Tried]]:
+    """The step of three blocks whose losses and gains add up, `fresh` more lost on fresh rows."""
+
+    def measure(steps: Steps, sample: Sample) -> Tried:
+        every = steps * 3 if len(steps) == 1 else steps
+        lost = sum(a * s for a, s in zip(cost, every, strict=True))
+        lost += fresh * (sample == "fresh") * (len(steps) > 1)
+        mix, mixes = shares(steps)
+        found = tried(mix, sample, lost <= allowed)
+        learned = sum(a * s for a, s in zip(gain, every, strict=True))
+        here = Point(
+            name="t", role="learning", unit="share", n=9, score=0.5, change=learned, low=0, high=1,
+            allowed=None, is_below=False,
+        )  # fmt: skip
+        return found.model_copy(update={"mixes": mixes, "points": [here]})
+
+    return largest_step(measure, blocks=3)
+
+
+def test_a_block_that_loses_little_goes_further() -> None:
+    steps, every = by_block(0.06)
+    common = next(t.mix for t in every if t.sample == "fresh")
+    assert common == pytest.approx(0.59375)
+    assert steps[1] == 1.0 > steps[0]
+    assert all(step >= common for step in steps)
+    assert sum(a * s for a, s in zip(COST, steps, strict=True)) <= 0.06
+    last = every[-1]
+    assert (last.sample, last.inside, last.mixes) == ("fresh", True, list(steps))
+    assert last.mix == pytest.approx(sum(steps) / 3)
+    searched = [t for t in every if t.sample == "search"]
+    assert len(searched) <= 4 * (1 + bisection.HALVINGS)
+
+
+def test_blocks_never_do_worse_than_the_common_step() -> None:
+    for allowed in (0.005, 0.02, 0.05, 0.08, 0.2):
+        alone, _ = largest_step(lambda s, sample: tried(*s, sample, 0.1 * s[0] <= allowed))  # noqa: B023
+        # They are not confirmed, or what they learn is less: the common step stays.
+        assert by_block(allowed, fresh=1.0)[0] == alone
+        assert by_block(allowed, gain=(-0.1, -0.5, -0.4))[0] == alone
+        assert min(by_block(allowed)[0]) >= alone[0]
+
+
+def test_a_block_may_go_where_no_common_step_may() -> None:
+    steps, every = by_block(0.001, cost=(1.0, 0.0, 1.0))
+    assert steps == (0.0, 1.0, 0.0)
+    assert [t.sample for t in every].count("fresh") == 1
+    # The whole step, or one that was not confirmed, is left alone.
+    assert by_block(1.0)[0] == (1.0,)
+    unsure, _ = largest_step(lambda s, sample: tried(*s[:1], sample, sample == "search"), blocks=3)
+    assert unsure == (0.0,)
+
+
+def test_layers_that_are_trained_are_divided_into_blocks() -> None:
+    names = ["embed.w", *(f"layers.{i}.w" for i in (4, 5, 6, 7)), "norm.w"]
+    assert blocks_of(names, 2, only_named=True) == [0, 0, 0, 1, 1, 1]
+    assert blocks_of(names, 2) == [0, 1, 1, 1, 1, 1]
+    assert blocks_of(names, 9, only_named=True) == [0, 0, 1, 2, 3, 3]
+    assert blocks_of(["weight"], 5, only_named=True) == [0]
+
+
+def test_each_block_moves_by_itself() -> None:
+    model: Any = pico.causal_lm()
+    weights = dict(model.named_parameters())
+    old = snapshot(weights)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.add_(1.0)
+    between = Between(old, weights, 3)
+    assert between.blocks == 2  # as many as it has layers
+    between.move(0.25, 1.0)
+    for name, weight in weights.items():
+        upper = ".layers.1." in name or name.removeprefix("model.") == "norm.weight"
+        upper = upper or name.startswith("lm_head")
+        torch.testing.assert_close(weight.detach(), old[name] + (1.0 if upper else 0.25))
 
 
 # -- the weights between --------------------------------------------------------------------------
@@ -176,6 +263,22 @@ def test_a_run_keeps_its_budget_and_shows_what_it_cost(home: Path) -> None:
     assert "budget" in {p.phase for p in kept.cost().phases}
 
 
+def test_a_run_whose_blocks_take_steps_of_their_own(home: Path) -> None:
+    """The same training, so that the step of all layers alike is found again, and then passed."""
+    alike = run(held(home, "alike", budget={"old": 0.05}))
+    apart = run(held(home, "apart", budget={"old": 0.05, "blocks": 2}))
+    guard = apart.matrix("guard")[:, 0]
+    assert (guard / guard[0] <= 1.05).all()
+    one, two = (watchlog.frontiers(folder)[1] for folder in (alike, apart))
+    assert 0 < one.mix < 1
+    assert two.mixes is not None
+    assert len(two.mixes) == 2
+    assert min(two.mixes) >= one.mix
+    assert two.mix > one.mix
+    learned = [f.matrix("task")[2, 1] for f in (alike, apart)]
+    assert learned[1] <= learned[0]
+
+
 def test_a_budget_that_cannot_be_kept_leaves_the_model_as_it_was(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,11 +300,11 @@ def test_a_run_killed_while_it_looks_for_the_step_goes_on_to_the_same_end(
     whole = run(held(home, "whole", **limit))
     original, calls = Between.move, []
 
-    def die(self: Between, mix: float) -> None:
-        calls.append(mix)
+    def die(self: Between, *mixes: float) -> None:
+        calls.append(mixes)
         if len(calls) == 6:  # in the search after the second task
             raise InterruptedError
-        original(self, mix)
+        original(self, *mixes)
 
     with monkeypatch.context() as patch:
         patch.setattr(Between, "move", die)

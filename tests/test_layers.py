@@ -25,7 +25,7 @@ METHODS_MAY = {
     "__future__", "bm25s", "datasets", "numpy", "peft", "pydantic", "pydantic_core", "torch",
     "keeptune.method", "keeptune.buffer", "keeptune.errors", "keeptune.methods._anchor",
     "keeptune.answers", "keeptune.head_pass", "keeptune.methods._distil", "keeptune.places",
-    "keeptune.processes", "keeptune.bisection",
+    "keeptune.processes", "keeptune.bisection", "keeptune.layers",
     "keeptune.rowstore", "keeptune.methods._reference", "keeptune.methods._measure",
     "keeptune.methods._arrivals", "keeptune.methods._features",
     "keeptune.methods._writing",

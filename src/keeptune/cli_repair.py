@@ -94,6 +94,10 @@ def _budget(words: list[str], confidence: float) -> BudgetRecipe:
     losses = {}
     for word in words:
         name, found, loss = word.partition("=")
+        if name in BudgetRecipe.model_fields:
+            raise RecipeError(
+                f"--budget {word}: {name} is a setting of budgets. Give the guard another name."
+            )
         try:
             losses[name] = float(loss) if found else float("nan")
         except ValueError:

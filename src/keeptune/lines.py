@@ -179,6 +179,13 @@ def refuse_unknown(
         for name in names
         if (problem := _unknown(field, name, guards, allowed))
     ]
+    # A guard of the name of a setting would be taken for it.
+    asked = budget.model_fields_set if budget is not None else set()
+    problems += [
+        f"budget.{name} is a setting of the budget, and a guard is called {name!r} too. Give the "
+        "guard another name."
+        for name in sorted(asked & {guard.name for guard in guards} & {*BudgetRecipe.model_fields})
+    ]
     if budget is not None and not problems:
         few = [
             f"{line.name!r} ({line.size})"

@@ -224,6 +224,8 @@ class BudgetRecipe(Part):
 
     past_tasks: Limit | None = None
     """Points that the tasks learned before may fall, all their rows together."""
+    blocks: int = Field(1, ge=1, le=100)
+    """Blocks of layers, each of which may take a larger step than all together can."""
     confidence: float = Field(0.95, ge=0.5, lt=1)
     """How sure it must be that the budget is kept."""
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from keeptune import lines, models
-from keeptune.budget import find_step
+from keeptune.budget import Steps, find_step
 from keeptune.disk import is_taken, new_folder, write_atomic
 from keeptune.errors import FolderError, ModelError, RecipeError
 from keeptune.evaluate import score_rows
@@ -109,8 +109,7 @@ def repair(
             if is_adapter
             else Whole(loaded.model, _folder_of(base), folder, files)
         )
-
-        step, tried = _find(mix, loaded.tokenizer, chosen, budget, seed, batch_size, progress)
+        (step,), tried = _find(mix, loaded.tokenizer, chosen, budget, seed, batch_size, progress)
         name = Path(tuned).name or tuned
         seconds = time.monotonic() - began
         frontier = Frontier(task=name, index=0, mix=step, cut=0.0, tried=tried, seconds=seconds)
@@ -132,7 +131,7 @@ def _find(
     seed: int,
     batch_size: int,
     progress: Progress,
-) -> tuple[float, list[Tried]]:
+) -> tuple[Steps, list[Tried]]:
     """The step inside the budget, and all that was tried."""
 
     def score(probe: Probe) -> list[Example]:
@@ -164,6 +163,8 @@ def _find(
 def _lines(guards: Sequence[Guard], tasks: Sequence[Guard], budget: BudgetRecipe) -> list[Line]:
     """The lines of a budget; what was tuned for comes first, and is not judged."""
     lines.refuse_unknown_names("--budget", list(budget.guards), guards)
+    if budget.blocks > 1:
+        raise RecipeError("A repair takes one step in all layers: leave budget.blocks out.")
     chosen = [
         Line(task.name, "learning", [Probe("task", i, task, range(task.size), 0)], None)
         for i, task in enumerate(tasks)

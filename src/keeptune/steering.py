@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keeptune import lines, registry, state, watchlog
-from keeptune.budget import Between, find_step, put, snapshot
+from keeptune.budget import Between, find_step, put, shares, snapshot
 from keeptune.changes import Earlier
 from keeptune.controller import LARGEST
 from keeptune.errors import RecipeError
@@ -231,10 +231,10 @@ class Steering:
     def _hold(self, ctx: Context, began: float) -> Frontier:
         plan = self.session.plan
         assert plan.budget is not None
-        between = Between(self._old, ctx.trainable())
+        between = Between(self._old, ctx.trainable(), plan.budget.blocks)
         chosen = lines.held(plan.budget, plan.stream, plan.guards, ctx.index)
         self.progress.phase(f"the step inside the budget after {ctx.task}", 0, "trials")
-        mix, tried = find_step(
+        steps, tried = find_step(
             between.move,
             chosen,
             self._score,
@@ -242,12 +242,15 @@ class Steering:
             confidence=plan.budget.confidence,
             seed=plan.seed,
             tick=self.progress.advance,
+            blocks=between.blocks,
         )
+        mix, mixes = shares(steps)
         self.progress.note(f"{ctx.task}: {100 * mix:.0f} % of the step is inside the budget")
         return Frontier(
             task=ctx.task,
             index=ctx.index,
             mix=mix,
+            mixes=mixes,
             cut=between.cut,
             tried=tried,
             seconds=self._clock() - began,

@@ -91,16 +91,18 @@ class Tried(_Record):
     """One step between the weights before a task and those after it.
 
     Attributes:
-        mix: Share of the new weights, 0 to 1.
+        mix: Share of the new weights, 0 to 1; the mean over the blocks of layers.
         sample: Whether it was tried to find the step, or to confirm it on rows not seen before.
         points: What it showed.
         inside: Whether all of the budget is kept, at the confidence asked for.
+        mixes: The share of each block, from the lower layers to the upper; None where all had one.
     """
 
     mix: float
     sample: Literal["search", "fresh"]
     points: list[Point]
     inside: bool
+    mixes: list[float] | None = None
 
 
 class Frontier(_Record):
@@ -109,10 +111,12 @@ class Frontier(_Record):
     Attributes:
         task: The task learned.
         index: Its position in the stream, from 0.
-        mix: Share of the new weights that was taken; 0 is the model from before the task.
+        mix: Share of the new weights that was taken; 0 is the model from before the task. The mean
+            over the blocks of layers.
         cut: Under LoRA, the largest relative error of an update by its cut to the adapter's rank.
         tried: In the order it was tried.
         seconds: What it took.
+        mixes: The share of each block, from the lower layers to the upper; None where all had one.
     """
 
     task: str
@@ -121,6 +125,7 @@ class Frontier(_Record):
     cut: float
     tried: list[Tried]
     seconds: float
+    mixes: list[float] | None = None
 
 
 def add(folder: RunFolder, look: Look) -> None:

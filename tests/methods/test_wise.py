@@ -11,9 +11,9 @@ from torch import Tensor
 
 import pico
 from keeptune.errors import MethodError
+from keeptune.layers import blocks_of
 from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.methods._guarded import share_within, text_loss
-from keeptune.methods._thirds import thirds
 from keeptune.methods.wise import WiSE
 from pencil import ONE_ROW, Softmax, context, texts
 
@@ -135,17 +135,17 @@ def test_switched_off_it_keeps_no_copy() -> None:
 
 def test_each_layer_belongs_to_a_third() -> None:
     names = ["embed.weight", *(f"layers.{i}.{p}.w" for i in range(5) for p in "ab"), "norm", "head"]
-    assert thirds(names) == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
-    assert thirds(["weight"]) == [0]
+    assert blocks_of(names, 3) == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert blocks_of(["weight"], 3) == [0]
 
 
 def test_a_layers_number_is_the_first_in_its_name() -> None:
-    assert thirds(["h.0.x.7.w", "h.1.x.7.w", "h.2.x.7.w"]) == [0, 1, 2]
+    assert blocks_of(["h.0.x.7.w", "h.1.x.7.w", "h.2.x.7.w"], 3) == [0, 1, 2]
 
 
 def test_three_numbers_are_the_mix_of_lower_middle_and_upper_layers() -> None:
     model, method = pico.causal_lm(16), WiSE(mix=(1.0, 0.25, 0.0))
-    assert thirds(["layers.0.w", "layers.1.w"]) == [0, 1]
+    assert blocks_of(["layers.0.w", "layers.1.w"], 3) == [0, 1]
     ctx = context(model)
     method.begin_task(ctx)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,19 +26,3 @@ class OneOrThree:
             {"one": one, "three": three},
             lambda value: "three" if isinstance(value, list | tuple) else "one",
         )
-
-
-def thirds(names: Sequence[str]) -> list[int]:
-    """Whether each weight is in the lower (0), middle (1) or upper (2) third of the layers.
-
-    Args:
-        names: In the model's order; a layer's number is the first one in a name. What comes before
-            all layers belongs to the lower third, what comes after them to the upper one.
-    """
-    found = [re.search(r"\.(\d+)\.", name) for name in names]
-    layers = 1 + max((int(match[1]) for match in found if match), default=0)
-    blocks, met = [], False
-    for match in found:
-        met = met or match is not None
-        blocks.append(3 * int(match[1]) // layers if match else 2 * met)
-    return blocks

@@ -30,10 +30,11 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from keeptune.errors import MethodError
+from keeptune.layers import blocks_of
 from keeptune.method import Context, Method, State
 from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.methods._guarded import guard_texts, share_within, text_loss
-from keeptune.methods._thirds import OneOrThree, thirds
+from keeptune.methods._thirds import OneOrThree
 from keeptune.processes import spread_like
 
 
@@ -93,7 +94,7 @@ class WiSE(Method):
         """Interpolate by a share of the mix; gives the squared distance, and the worst cut."""
         weights = ctx.trainable()
         mixes = self.mix if isinstance(self.mix, tuple) else (self.mix,) * 3
-        blocks = dict(zip(weights, thirds(list(weights)), strict=True))
+        blocks = dict(zip(weights, blocks_of(list(weights), 3), strict=True))
         squares, worst = 0.0, 0.0
         for name, partner in in_pairs(weights):
             mix = share * mixes[blocks[name]]

@@ -223,7 +223,7 @@ def tried_table(frontier: Frontier) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(p.name for tried in frontier.tried for p in tried.points))
     rows = [
         [
-            f"{100 * tried.mix:.0f}\u00a0%",
+            _shares(tried),
             "search" if tried.sample == "search" else "confirmation",
             *(_changed(tried, name) for name in names),
             "yes" if tried.inside else "no",
@@ -236,7 +236,32 @@ def tried_table(frontier: Frontier) -> tuple[list[str], list[list[str]]]:
 def _budget(frontier: Frontier) -> BudgetView:
     names, rows = tried_table(frontier)
     curves = [_over_shares(frontier, name) for name in names]
-    return BudgetView(frontier.task, f"{100 * frontier.mix:.0f}\u00a0%", curves, names, rows)
+    if frontier.mixes is not None:
+        curves.append(_by_block(frontier.mixes))
+    return BudgetView(frontier.task, _shares(frontier), curves, names, rows)
+
+
+def _shares(of: Tried | Frontier) -> str:
+    """The share of the step, or those of the blocks from the lower layers to the upper."""
+    every = [of.mix] if of.mixes is None else of.mixes
+    return " / ".join(f"{100 * mix:.0f}" for mix in every) + "\u00a0%"
+
+
+def _by_block(mixes: Sequence[float]) -> Curve:
+    dots = [
+        Dot(round(100 * (at + 0.5) / len(mixes), 2), y, y, y, f"{100 * mix:.0f}\u00a0%")
+        for at, mix in enumerate(mixes)
+        for y in [round(100 * (1 - mix), 2)]
+    ]
+    return Curve(
+        name="the step of each block",
+        kind="before",
+        what="share of it that was taken",
+        ticks=[(100.0, "0"), (50.0, "50"), (0.0, "100\u00a0%")],
+        below=[(0.0, "lower layers"), (100.0, "upper")],
+        lines=[" ".join(f"{dot.x},{dot.y}" for dot in dots)],
+        dots=dots,
+    )
 
 
 def _changed(tried: Tried, name: str) -> str:
@@ -245,7 +270,8 @@ def _changed(tried: Tried, name: str) -> str:
 
 
 def _over_shares(frontier: Frontier, name: str) -> Curve:
-    every = sorted(frontier.tried, key=lambda tried: tried.mix)
+    common = [tried for tried in frontier.tried if tried.mixes is None]
+    every = sorted(common, key=lambda tried: tried.mix)
     own = [(t.mix, point, t) for t in every for point in t.points if point.name == name]
     first, shown = own[0][1], _change(own[0][1])[1]
     limit = None
@@ -259,7 +285,7 @@ def _over_shares(frontier: Frontier, name: str) -> Curve:
         what="what it learned" if first.role == "learning" else "what it lost",
         ticks=[(_height(axis, tick), label) for tick, label in axis.ticks],
         below=[(0.0, "0"), (100.0, "whole step")],
-        cuts=[round(100 * frontier.mix, 2)],
+        cuts=[round(100 * frontier.mix, 2)] if frontier.mixes is None else [],
         limit=None if limit is None else _height(axis, axis.at(limit.value or 0.0)),
     )
     curve.dots.append(Dot(0.0, zero, zero, zero, "before", True))
