@@ -201,6 +201,8 @@ def test_bad_requests_are_refused_before_anything_is_loaded(
     monkeypatch.setattr(module.models, "load", pytest.fail)
     with pytest.raises(RecipeError, match=r"--budget names 'wikki', .* Did you mean"):
         run(home, budget=budget(wikki=1.0))
+    with pytest.raises(RecipeError, match="one step in all layers: leave"):
+        run(home, budget=budget(wiki=1.0, blocks=3))
     with pytest.raises(RecipeError, match="'wiki' has 5 rows, and a budget needs at least 16"):
         run(home, guards=[guard(TEXTS[:5])])
     (home / "out").mkdir()
@@ -231,6 +233,10 @@ def test_the_command(home: Path) -> None:
     for bad in ("wiki", "wiki=x", "wiki=-1"):
         result = CliRunner().invoke(app, [*words, "--guard", "capitals", "--budget", bad])
         assert f"--budget {bad}: give NAME=LOSS" in str(result.exception)
+    result = CliRunner().invoke(app, [*words, "--guard", f"wiki={text}", "--budget", "blocks=3"])
+    assert str(result.exception) == (
+        "--budget blocks=3: blocks is a setting of budgets. Give the guard another name."
+    )
 
 
 def test_probes_are_found_again_by_their_place(home: Path) -> None:

@@ -129,6 +129,23 @@ def test_how_hard_the_methods_held_is_a_curve_with_its_table(tmp_path: Path) -> 
     assert said == "'capitals' fell at step 100 of 100 of task 'a'."
 
 
+def test_the_steps_of_blocks_are_a_curve_and_a_row(tmp_path: Path) -> None:
+    folder = steered(tmp_path / "run")
+    (before,) = watchlog.frontiers(folder)
+    apart = before.tried[-1].model_copy(update={"mix": 0.75, "mixes": [0.5, 1.0]})
+    whole = {"tried": [*before.tried, apart], "mix": 0.75, "mixes": [0.5, 1.0]}
+    watchlog.write_frontier(folder, before.model_copy(update=whole))
+    (budget,) = budget_views(folder)
+    assert budget.taken == "50 / 100\u00a0%"
+    *others, blocks = budget.curves
+    assert [(dot.x, dot.y) for dot in blocks.dots] == [(25.0, 50.0), (75.0, 0.0)]
+    assert all(len(curve.dots) == 4 for curve in others), "the others are of all layers alike"
+    assert budget.rows[-1][0] == "50 / 100\u00a0%"
+    words = Page(render([folder.path])).words.replace("\u00a0", " ")
+    assert "50 / 100 % of the step was taken" in words
+    assert "the step of each block" in words
+
+
 def test_a_run_that_is_not_watched_shows_nothing_of_it(tmp_path: Path) -> None:
     folder = runs.fabricate(tmp_path / "run")
     assert watch_view(folder) is None

@@ -234,6 +234,8 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_written(
         ({"watch": {"lines": {"old": -1}}}, "watch.lines.old must be at least 0, got -1."),
         ({"budget": {"old": "1"}}, "budget.old must be a number, got '1'."),
         ({"budget": {"old": -1}}, "budget.old must be at least 0, got -1."),
+        ({"budget": {"old": 1, "blocks": 0}}, "budget.blocks must be at least 1, got 0."),
+        ({"budget": {"old": 1, "blocks": 1.5}}, "budget.blocks must be a whole number, got 1.5."),
         ({"budget": {"confidence": 0.9}}, "budget says nothing that may be lost; name a guard"),
         ({"budget": {"past_tasks": -2.0}}, "budget.past_tasks must be at least 0, got -2.0."),
     ],

@@ -329,6 +329,19 @@ def test_names_that_no_guard_has_are_refused(settings: dict[str, object], words:
     assert words in str(caught.value)
 
 
+def test_a_guard_is_not_taken_for_a_setting_of_the_budget() -> None:
+    guards = [Guard(name, read_rows(asked(40))) for name in ("blocks", "g")]
+    budget = BudgetRecipe.model_validate({"blocks": 3, "g": 1.0})
+    with pytest.raises(RecipeError) as caught:
+        lines.refuse_unknown(None, budget, STREAM, guards)
+    assert str(caught.value) == (
+        "budget.blocks is a setting of the budget, and a guard is called 'blocks' too. Give the "
+        "guard another name."
+    )
+    # Where the budget does not speak of it, nothing is mistaken.
+    lines.refuse_unknown(None, BudgetRecipe.model_validate({"g": 1.0}), STREAM, guards)
+
+
 def test_few_rows_are_looked_at_but_not_judged_and_bear_no_budget() -> None:
     few = Guard("few", read_rows(asked(7)), "exact_match")
     line = lines.watched(WatchRecipe(), None, STREAM, [few], 0, 0)[-1]
