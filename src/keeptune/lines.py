@@ -101,8 +101,9 @@ def watched(
     """
     here = stream[index]
     lines = [Line(here.name, "learning", [_probe("task", index, here, index)], None)]
-    spent = budget.guards if budget is not None and settings.on_drop == "strengthen" else {}
-    past = budget.past_tasks if budget is not None and settings.on_drop == "strengthen" else None
+    kept = budget if settings.on_drop == "strengthen" else None
+    spent = {} if kept is None else kept.guards
+    past = None if kept is None else kept.past_tasks
     for i, task in enumerate(list(stream)[:index] if settings.tasks == "past" else []):
         probe = _probe("task", i, task, index if past is None else i + 1)
         loss = settings.lines.get(PAST, 0.0) if past is None else past
