@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keeptune.cli_advise import advise
 from keeptune.cli_compare import compare
 from keeptune.cli_noise import noise
 from keeptune.cli_options import Overrides, RecipeFile
@@ -229,6 +230,7 @@ def report(
     typer.echo(f"Report: {write(folders, out)}")
 
 
+app.command()(advise)
 app.command()(compare)
 app.command()(noise)
 app.command()(repair)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from keeptune.chain import Chain
 from keeptune.errors import KeeptuneError
+from keeptune.method import Method
 from keeptune.recipe import Recipe
 from keeptune.runs import quiet
-from keeptune.session import open_session, read_plan
+from keeptune.session import Session, open_session, read_plan
+from keeptune.sizing import DEVICES, Sizer, measure_speed
+
+GIB = 2**30
 
 
 @dataclass
@@ -39,8 +43,7 @@ def inspect(recipe: Recipe) -> Inspection:
         f"model     {info['name']}: {info['parameters']:,} weights, "
         f"{info['trainable']:,} of them trained ({info['adapter']})",
         f"strategy  {session.chain.name}",
-        f"memory    about {_memory(info) / 2**30:.1f} GiB for weights, gradients and optimizer, "
-        "and what one batch needs on top",
+        *sizing_lines(sizer_of(session), list(session.chain), len(session.tokenised) - 1),
     ]
     for task in session.data_infos():
         cut = f", {task.truncated_rows} cut to {session.plan.max_length}" * bool(
@@ -70,6 +73,50 @@ def exports(chain: Chain) -> str:
     return "one model for all tasks"
 
 
-def _memory(info: dict[str, Any]) -> int:
-    # float32 weights, one gradient and Adam's two moments for each trained one.
-    return 4 * int(info["parameters"]) + 12 * int(info["trainable"])
+def sizer_of(session: Session) -> Sizer:
+    """What sizes a session's runs: batches of its longest rows, tasks of their mean size."""
+    plan, tasks = session.plan, session.tokenised
+    rows = sum(len(task.dataset) for task in tasks)
+    return Sizer(
+        plan.loaded.model.config,
+        plan.adapter,
+        plan.settings,
+        kind=plan.kind,
+        longest=max(len(ids) for task in tasks for ids in task.dataset["input_ids"]),
+        rows=-(-rows // len(tasks)),
+        tokens=sum(task.tokens for task in tasks) / rows,
+        answers=sum(task.answer_tokens for task in tasks) / rows,
+    )
+
+
+def sizing_lines(sizer: Sizer, methods: Sequence[Method], past: int) -> list[str]:
+    """What a run needs while its last task is learned, in words.
+
+    Args:
+        sizer: Of the model and its trainer.
+        methods: The strategy.
+        past: Tasks before the last one.
+    """
+    found, plain = sizer.need(methods, past), sizer.need([], past)
+    speed = measure_speed(sizer.case)
+    seconds, bare = found.seconds(speed), plain.seconds(speed)
+    batch = sizer.case.batch
+    fsdp = " ".join(f"{found.fsdp(n) / GIB:8.2f}" for n in DEVICES)
+    ddp = " ".join(f"{found.ddp(n) / GIB:8.2f}" for n in DEVICES)
+    return [
+        f"memory    about {gib(found.memory)}: {gib(found.weights)} weights, "
+        f"{gib(found.optimizer)} optimizer, {gib(found.peak)} gradients and activations of "
+        f"{batch.rows} rows of {batch.length} tokens, {gib(found.spread + found.whole)} methods",
+        f"          on a CPU up to {gib(found.resident)}, as freed pieces stay with the process",
+        f"time      about {seconds:.2g} s a step on this machine, {seconds / bare:.2f} × plain; "
+        f"{found.rows:g} training rows for each new one",
+        f"disk      about {gib(found.state)} in a saved state",
+        f"devices   {' '.join(f'{n:8}' for n in DEVICES)}   (GiB on each)",
+        f"  DDP     {ddp}",
+        f"  FSDP2   {fsdp}",
+    ]
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or as MiB where there are few."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 2 else f"{size / 2**20:.0f} MiB"

@@ -28,10 +28,14 @@ def peak_memory() -> int:
     return host + sum(torch.cuda.max_memory_allocated(i) for i in devices)
 
 
+def memory() -> int:
+    """Bytes of this machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def provenance() -> dict[str, Any]:
     """When, where and with which versions a run was started."""
     cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -39,7 +43,7 @@ def provenance() -> dict[str, Any]:
         "system": platform.platform(),
         "cores": cores,
         "threads": torch.get_num_threads(),
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(memory() / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git": _git_commit(),
     }

@@ -107,6 +107,26 @@ def load(model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = Fa
     return Loaded(loaded.eval(), tokenizer, place.name, place.source, _identity(place, loaded))
 
 
+def load_config(
+    model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = False
+) -> Any:
+    """Load a model's config alone: its weights are neither needed nor fetched.
+
+    Raises:
+        ModelError: It is not there.
+    """
+    path = Path(model).expanduser()
+    is_folder = (path / "config.json").is_file()
+    place = _Place(path.name, model, model) if is_folder else _find(model)
+    common = {"gguf_file": place.gguf, "trust_remote_code": trust_remote_code}
+    with _hushed(), _explained(model, place):
+        config = transformers.AutoConfig.from_pretrained(place.path, **common)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    return config
+
+
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's tokenizer alone.
 

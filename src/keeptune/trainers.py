@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from keeptune import state
 from keeptune.errors import RecipeError
@@ -261,3 +262,22 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def loss_of(kind: str, model: nn.Module, logits: bool) -> Callable[..., Tensor]:
+    """How the trainers compute a plain loss, outside a trainer.
+
+    Args:
+        kind: "causal_lm" or "classification".
+        model: With its adapter, if any; it may be changed for this.
+        logits: Whether a method needs the logits of all positions.
+
+    Returns:
+        Takes the model and a batch with labels.
+    """
+    if kind == "classification" or logits:
+        return lambda model, batch: model(**batch).loss
+    outer: Any = model
+    base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    return lambda model, batch: model(**batch, use_cache=False, fused_lm_head=True).loss
