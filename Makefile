@@ -28,6 +28,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/distill.py
 	$(BIN)/python benchmarks/freeze.py
 	$(BIN)/python benchmarks/lowrank.py
+	$(BIN)/python benchmarks/sizing.py
 
 # torch first and by its exact version: an open range would fetch gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml constraints.txt

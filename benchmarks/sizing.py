@@ -120,11 +120,12 @@ def one(strategy: str, trained: str, steps: int) -> dict[str, float]:
         clock.speeds.clear()
         trainer.learn("second", data[1])
     memory = machine.peak_memory() - before
-    flops, traffic = (
-        statistics.median(getattr(speed, name) for speed in clock.speeds)
-        for name in ("flops", "traffic")
+    speed = sizing.Speed(
+        *(
+            statistics.median(getattr(speed, name) for speed in clock.speeds)
+            for name in ("flops", "traffic", "streamed")
+        )
     )
-    speed = sizing.Speed(flops, traffic)
     needed = sizing.need(methods, case)
     return {
         "memory": memory,
@@ -134,7 +135,8 @@ def one(strategy: str, trained: str, steps: int) -> dict[str, float]:
         "seconds_estimate": needed.seconds(speed),
         "plain_estimate": sizing.need([], case).seconds(speed),
         "gflops": speed.flops / 1e9,
-        "gbytes": speed.traffic / 1e9,
+        "small": speed.traffic / 1e9,
+        "large": speed.streamed / 1e9,
     }
 
 

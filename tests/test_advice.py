@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 import pico
-from keeptune import advising, registry
-from keeptune.advice import RULES, Advice, Asked, Rule, fitting, limits
+from keeptune import advising, engines
+from keeptune.advice import RULES, Asked, Rule, fitting, limits
+from keeptune.board import Board
 from keeptune.chain import Chain
 from keeptune.cli import app
+from keeptune.engines import Ends
+from keeptune.jobs import Job, run_job
+from keeptune.pilot import Size, pilot_recipe
 from keeptune.privacy import refusal
 from keeptune.recipe import load_recipe, parse_recipe
 from keeptune.recipe_checks import check_recipe
@@ -24,7 +27,7 @@ from keeptune.sizing import Sizer, Speed
 from keeptune.strategies import read_strategies
 
 ROOT = Path(__file__).parents[1]
-SPEED = Speed(1e9, 1e9)
+SPEED = Speed(1e9, 1e9, 1e9)
 YES_OR_NO = (True, False)
 
 
@@ -48,7 +51,7 @@ def test_a_rule_names_methods_that_run_together_and_evidence_that_is_there(rule:
         {"model": "demo", "tasks": [{"name": "t", "train": "t.jsonl", "eval": "e.jsonl"}]}
     )
     (strategy,) = read_strategies(rule.words, recipe)
-    assert [registry.build(*method) for method in strategy.methods] == rule.methods()
+    assert strategy.methods == [(m.name(), m.model_dump(mode="json")) for m in rule.methods()]
 
 
 def test_no_strategy_is_listed_twice() -> None:
@@ -103,7 +106,7 @@ def test_what_is_beyond_a_limit_comes_last_and_says_so(sizer: Sizer) -> None:
     free = advising.advise(sizer, Asked(adapted=False, keep="tasks"), SPEED)
     slow = max(one.time for one in free)
     found = advising.advise(sizer, Asked(adapted=False, keep="tasks", slower=slow - 0.01), SPEED)
-    assert {one.rule for one in found} == {one.rule for one in free}
+    assert {one.rule.words for one in found} == {one.rule.words for one in free}
     assert [bool(one.beyond) for one in found] == sorted(bool(one.beyond) for one in found)
     assert found[-1].beyond == "time"
     none = limits(found, Asked(memory=1.0))
@@ -125,6 +128,7 @@ def test_time_is_that_of_a_step_times_the_rows(sizer: Sizer) -> None:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(advising, "measure_speed", lambda case: SPEED)
     pico.tiny_folder(tmp_path)
     for task, name in enumerate(("train", "test")):
         pico.write_rows(tmp_path / f"{name}.jsonl", pico.questions(task, 8))
@@ -138,8 +142,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def advise(*words: str, answers: str | None = None) -> Any:
-    done = CliRunner().invoke(app, ["advise", *words], input=answers)
-    return done
+    return CliRunner().invoke(app, ["advise", *words], input=answers)
 
 
 def test_recipes_that_are_written_are_ready_to_run(home: Path) -> None:
@@ -201,3 +204,69 @@ def test_what_cannot_be_is_said_in_a_sentence(home: Path, words: Any, said: str)
 def test_a_strategy_beyond_memory_is_shown_as_such(home: Path) -> None:
     done = advise("r.yaml", "--memory", "0.000001")
     assert "more memory than there is" in done.output
+
+
+# -- the pilot ------------------------------------------------------------------------------------
+
+
+def many(home: Path, count: int) -> None:
+    pico.write_rows(home / "train.jsonl", pico.questions(0, count))
+
+
+def test_a_pilot_learns_and_scores_different_training_rows_and_no_others(home: Path) -> None:
+    many(home, 40)
+    recipe = load_recipe("r.yaml")
+    short = pilot_recipe(recipe, Path("p"), Size(rows=30, steps=2))
+    parts = [Path(getattr(short.tasks[0], part)).read_text() for part in ("train", "eval")]
+    learned, scored = ({json.loads(line)["prompt"] for line in text.splitlines()} for text in parts)
+    assert (len(learned), len(scored)) == (20, 10)
+    assert not learned & scored
+    assert learned | scored <= {row["prompt"] for row in pico.questions(0, 40)}
+    assert short.trainer["max_steps"] == 2
+    again = pilot_recipe(recipe, Path("q"), Size(rows=30, steps=2))
+    assert Path(again.tasks[0].eval).read_text() == parts[1]
+
+
+def test_rows_that_are_there_twice_are_not_learned_and_scored(home: Path) -> None:
+    pico.write_rows(home / "train.jsonl", pico.questions(0, 20) * 3)
+    short = pilot_recipe(load_recipe("r.yaml"), Path("p"), Size())
+    texts = [Path(getattr(short.tasks[0], part)).read_text() for part in ("train", "eval")]
+    assert not set(texts[0].splitlines()) & set(texts[1].splitlines())
+
+
+def test_what_is_to_be_known_by_heart_is_scored_on_what_was_learned(home: Path) -> None:
+    many(home, 20)
+    recipe = load_recipe("r.yaml", ["tasks.0.recall=true", "tasks.0.eval=train.jsonl"])
+    short = pilot_recipe(recipe, Path("p"), Size())
+    parts = [Path(getattr(short.tasks[0], part)).read_text() for part in ("train", "eval")]
+    assert parts[0] == parts[1]
+
+
+def test_too_few_rows_are_said(home: Path) -> None:
+    done = advise("r.yaml", "--pilot")
+    assert "has 8 different training rows" in str(done.exception)
+    assert "needs at least 16" in str(done.exception)
+
+
+def test_a_pilot_needs_data(home: Path) -> None:
+    assert "give a recipe that names them" in str(advise("--model", "tiny", "--pilot").exception)
+
+
+def in_this_process(jobs: Sequence[Job], board: Board) -> Ends:
+    for job in jobs:
+        board.started(job)
+        yield job, run_job(job)
+
+
+def test_a_pilot_runs_ranks_and_is_run_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "choose", lambda name, at_once: in_this_process)
+    many(home, 16)
+    words = ("r.yaml", "--top", "1", "--pilot", "--steps", "1", "--seeds", "1", "--private")
+    done = advise(*words)
+    assert done.exit_code == 0, done.output
+    assert "distinguishable" in done.output or "1 plain" in done.output
+    runs = {path: path.stat().st_mtime_ns for path in Path("runs/r-pilot").glob("*/run.json")}
+    assert len(runs) == 2
+    assert not Path("runs/r-pilot/data").exists()
+    assert advise(*words).exit_code == 0
+    assert runs == {path: path.stat().st_mtime_ns for path in runs}

@@ -166,16 +166,18 @@ def before_budget(home: Path) -> None:
 
 
 def before_many_runs(home: Path) -> None:
-    """Runs have processes of their own, which the stand-in does not reach: a real, tiny folder."""
+    """What the stand-in does not reach, such as runs' own processes, finds a real, tiny folder."""
     folder = home / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     pico.causal_lm().save_pretrained(folder)
     pico.tokenizer(chat=True).save_pretrained(folder)
 
 
 BEFORE: dict[str, Callable[[Path], None]] = {
+    "README.md": before_many_runs,
     "docs/how-to/loss-under-one-point.md": before_budget,
     "docs/how-to/many-runs.md": before_many_runs,
     "docs/how-to/notebook.md": before_notebook,
+    "docs/how-to/which-method.md": before_many_runs,
     "docs/why/evidence.md": before_evidence,
 }
 

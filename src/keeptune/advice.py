@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from keeptune import registry
 from keeptune.cards import card
-from keeptune.chain import Chain
 from keeptune.method import Method
 from keeptune.sizing import Need
 
@@ -105,8 +104,8 @@ RULES = (
     ),
     Rule(
         {"replay": {"ratio": 0.3}, "lwf": {}}, "both",
-        "old rows keep the tasks and old answers the base model: in the demo earlier tasks ended at "
-        "32 and 39 % where plain had 6 and 5, and the capitals at 27 % (plain 6, before 38)",
+        "old rows keep the tasks and old answers the base model: in the demo earlier tasks ended "
+        "at 32 and 39 % where plain had 6 and 5, and the capitals at 27 % (plain 6, before 38)",
         (DEMO, CONFLICT), "lora",
     ),
     Rule(
@@ -128,7 +127,8 @@ RULES = (
     ),
     Rule(
         {"gem": {}}, "tasks",
-        "on digits best of all from 50 kept rows on, and the dearest: its steps grow with the tasks",
+        "on digits best of all from 50 kept rows on, and the dearest: its steps grow with the "
+        "tasks",
         (REHEARSAL,), most=5,
     ),
     Rule(

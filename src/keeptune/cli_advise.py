@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keeptune.cli_compare import STOPPED, show_compared
 from keeptune.cli_options import Overrides
 from keeptune.errors import RecipeError
 
@@ -69,15 +71,37 @@ def advise(
     write: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a recipe for each of them there.")
     ] = None,
+    pilot: Annotated[
+        bool,
+        typer.Option("--pilot", help="Also try them out in short runs on a part of the data."),
+    ] = False,
+    rows_each: Annotated[
+        int,
+        typer.Option(
+            "--rows",
+            min=16,
+            help="Of a pilot: training rows of a task, at most; a third "
+            "of them is scored and not learned.",
+        ),
+    ] = 192,
+    steps: Annotated[int, typer.Option(min=1, help="Of a pilot: steps of a task.")] = 60,
+    seeds: Annotated[int, typer.Option(min=1, help="Of a pilot: runs of each strategy.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Of a pilot: runs at the same time.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of a pilot; default: runs/NAME-pilot.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Say which methods fit a case, why, on what evidence, and what they cost here.
 
     What is not said by an option is asked in a terminal, and else assumed and shown. Nothing is
-    trained; of the model only its config is read.
+    trained, and of the model only its config is read, unless there is a pilot. The same command
+    goes on with a pilot that was stopped.
     """
     from keeptune.recipe import load_recipe
 
+    if pilot and recipe is None:
+        raise RecipeError("--pilot trains on your data: give a recipe that names them.")
     if recipe is None:
         from keeptune.advising import recipe_of
 
@@ -109,6 +133,10 @@ def advise(
         typer.echo(yamltext.write(recipe_for(found[0].rule, loaded, asked)), nl=False)
     plain = sizer.need([], max(asked.tasks - 1, 1))
     typer.echo(f"\nPlain training: {_price(plain, 1.0, 1.0)}.", err=True)
+    if pilot:
+        assert recipe is not None
+        size = (rows_each, steps, seeds, jobs)
+        _pilot(loaded, found, asked, out or Path("runs") / f"{recipe.stem}-pilot", size)
 
 
 # What is asked where no option says it, and what is assumed where nobody can be asked.
@@ -121,7 +149,9 @@ QUESTIONS: dict[str, str] = {
 }
 
 
-def _case(recipe: Recipe, given: dict[str, Any], memory: float | None, slower: float | None) -> Asked:
+def _case(
+    recipe: Recipe, given: dict[str, Any], memory: float | None, slower: float | None
+) -> Asked:
     from keeptune.advice import Asked
 
     assumed: dict[str, Any] = {
@@ -198,3 +228,38 @@ def _price(need: Any, step: float, time: float) -> str:
         f"{gib(need.memory)} of memory, a step {step:.2f} × plain, a task {time:.2f} ×, "
         f"{gib(need.state)} in a saved state"
     )
+
+
+def _pilot(
+    recipe: Recipe,
+    found: Sequence[Advice],
+    asked: Asked,
+    out: Path,
+    size: tuple[int, int, int, int],
+) -> None:
+    import shutil
+
+    from keeptune import board, comparison, engines
+    from keeptune.compare import compare, plan
+    from keeptune.folder import RunFolder
+    from keeptune.pilot import Size, pilot_recipe, standing, words_of
+
+    rows, steps, seeds, jobs = size
+    data = out / "data"
+    short = pilot_recipe(recipe, data, Size(rows, steps), private=asked.private)
+    words = words_of([one.rule for one in found])
+    planned = plan(short, out, methods=words, seeds=str(seeds))
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        engine = engines.choose("local", at_once=jobs)
+        done = compare(planned, out, board.choose(sys.stderr), engine)
+    except KeyboardInterrupt as error:
+        typer.echo("keeptune: stopped. The same command goes on.", err=True)
+        raise typer.Exit(STOPPED) from error
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        if asked.private:
+            shutil.rmtree(data)  # the same command draws the same rows again
+    for line in standing(comparison.compare([RunFolder(job.folder) for job in done.done])):
+        typer.echo(line)
+    show_compared(done)

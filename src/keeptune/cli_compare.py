@@ -103,10 +103,11 @@ def compare(
         raise typer.Exit(STOPPED) from error
     finally:
         signal.signal(signal.SIGTERM, former)
-    _show(done)
+    show_compared(done)
 
 
-def _show(done: Compared) -> None:
+def show_compared(done: Compared) -> None:
+    """The table of what is finished, then what failed, with the exit code of that."""
     from rich.console import Console
 
     from keeptune import comparison, terminal

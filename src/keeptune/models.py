@@ -107,9 +107,7 @@ def load(model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = Fa
     return Loaded(loaded.eval(), tokenizer, place.name, place.source, _identity(place, loaded))
 
 
-def load_config(
-    model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = False
-) -> Any:
+def load_config(model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = False) -> Any:
     """Load a model's config alone: its weights are neither needed nor fetched.
 
     Raises:

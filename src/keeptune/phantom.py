@@ -26,7 +26,8 @@ from keeptune.session import dress
 from keeptune.trainers import loss_of
 
 # A model of more layers is counted at these two depths: what a layer adds is the same for all.
-SHALLOW, DEEP = 4, 8
+SHALLOW, DEEP = 2, 4
+LARGE = 2**25  # bytes of a piece of memory that a process gets from the system, page by page
 WIDE = 4  # bytes of a weight, of a gradient and of each of Adam's moments: float32
 
 
@@ -42,11 +43,14 @@ class Step:
         largest: Numbers in the largest of the layers that FSDP gathers one at a time.
         kept: Bytes that the forward keeps for the backward.
         top: Most bytes until the backward has reached the layers.
+        lean: The same without the copies of weights that autocast makes for half precision.
         rest: Most bytes after that, all gradients included.
         forward_flops: Of the forward.
         backward_flops: Of the backward.
         forward_traffic: Bytes read and written by all operations but matrix products.
         backward_traffic: Likewise.
+        forward_streamed: Of the traffic, bytes of operations that make large pieces of memory.
+        backward_streamed: Likewise.
     """
 
     weights: float
@@ -56,11 +60,14 @@ class Step:
     largest: float
     kept: float
     top: float
+    lean: float
     rest: float
     forward_flops: float
     backward_flops: float
     forward_traffic: float
     backward_traffic: float
+    forward_streamed: float
+    backward_streamed: float
 
     @property
     def peak(self) -> float:
@@ -101,9 +108,7 @@ def count(config: Any, adapter: Any, batch: Batch, *, kind: str = "causal_lm") -
     layers = _depth(config, adapter)
     if layers is None:
         return _count(config, adapter, batch, kind)
-    shallow, deep = (
-        _count(_cut(config, depth), adapter, batch, kind) for depth in (SHALLOW, DEEP)
-    )
+    shallow, deep = (_count(_cut(config, depth), adapter, batch, kind) for depth in (SHALLOW, DEEP))
     values = {}
     for field in fields(Step):
         low, high = getattr(shallow, field.name), getattr(deep, field.name)
@@ -152,14 +157,15 @@ def _count(config: Any, adapter: Any, batch: Batch, kind: str) -> Step:
     ledger = _Ledger(model.parameters())
     for parameter in blocks[-1].parameters() if blocks else ():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(ledger.turn)
+            parameter.register_post_accumulate_grad_hook(ledger.turn)  # type: ignore[no-untyped-call]
     low = torch.autocast("cpu", torch.bfloat16) if batch.half else nullcontext()
     with fake, ledger:
         ids = torch.ones(batch.rows, batch.length, dtype=torch.long)
         labels = ids if kind == "causal_lm" else ids[:, 0]
         with low:
             value = loss(model, {"input_ids": ids, "labels": labels})
-        kept, flops, traffic = ledger.now, ledger.flops, ledger.traffic
+        kept, flops = ledger.now, ledger.flops
+        traffic, streamed = ledger.traffic, ledger.streamed
         value.backward()  # type: ignore[no-untyped-call]
     every = list(model.parameters())
     return Step(
@@ -170,23 +176,27 @@ def _count(config: Any, adapter: Any, batch: Batch, kind: str) -> Step:
         largest=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
         kept=kept,
         top=ledger.top or ledger.peak,
+        lean=ledger.lean,
         rest=ledger.peak,
         forward_flops=flops,
         backward_flops=ledger.flops - flops,
         forward_traffic=traffic,
         backward_traffic=ledger.traffic - traffic,
+        forward_streamed=streamed,
+        backward_streamed=ledger.streamed - streamed,
     )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The layers: what stands in the longest list of modules."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len, default=nn.ModuleList()))
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _matrices(model: nn.Module) -> list[Tensor]:
     """The matrices that an adapter changes, or all that are trained."""
-    adapted = [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer")]
+    modules: list[Any] = list(model.modules())
+    adapted = [m.get_base_layer() for m in modules if hasattr(m, "get_base_layer")]
     found = [m.weight for m in adapted] or [p for p in model.parameters() if p.requires_grad]
     return [p for p in found if p.dim() > 1]
 
@@ -195,7 +205,7 @@ def _recompute(model: Any) -> None:
     if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
         model.enable_input_require_grads()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.activation_checkpointing_enable()
 
 
 def _give_shapes(model: nn.Module, fake: FakeTensorMode) -> None:
@@ -206,7 +216,8 @@ def _give_shapes(model: nn.Module, fake: FakeTensorMode) -> None:
     made: dict[Tensor, Tensor] = {}
     with fake:
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in stores:
                 for name, tensor in held.items():
                     if tensor is None:
                         continue
@@ -220,7 +231,7 @@ def _give_shapes(model: nn.Module, fake: FakeTensorMode) -> None:
                     held[name] = made[tensor]
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all living storages, and what is done by operations.
 
     Args:
@@ -228,25 +239,31 @@ class _Ledger(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = self.top = 0
-        self.flops = self.traffic = 0.0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.top = self.lean = self.casts = 0
+        self.flops = self.traffic = self.streamed = 0.0
         self._known = [tensor.untyped_storage() for tensor in known]
         self._living = {storage._cdata for storage in self._known}
+        self._weights = set(self._living)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         is_new = [self._is_new(t) for t in made]
+        if func._overloadpacket is torch.ops.aten._to_copy and is_new[0]:
+            self._note_cast(args[0], made[0])
+        if not self.top:
+            self.lean = max(self.lean, self.now - self.casts)
         product = _products(func)
         if product is not None:
             self.flops += product(*args, **kwargs, out_val=out)
         elif any(is_new) or func._schema.is_mutable:
             given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            self.traffic += sum(t.numel() * t.element_size() for t in [*given, *made])
+            moved = sum(t.numel() * t.element_size() for t in [*given, *made])
+            self.traffic += moved
+            if any(t.untyped_storage().nbytes() >= LARGE for t in made):
+                self.streamed += moved
         return out
 
     def turn(self, parameter: Tensor) -> None:
@@ -264,6 +281,15 @@ class _Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key, size)
         return True
+
+    def _note_cast(self, weight: Tensor, cast: Tensor) -> None:
+        if weight.untyped_storage()._cdata in self._weights:
+            size = cast.untyped_storage().nbytes()
+            self.casts += size
+            weakref.finalize(cast.untyped_storage(), self._uncast, size)
+
+    def _uncast(self, size: int) -> None:
+        self.casts -= size
 
     def _free(self, key: int, size: int) -> None:
         self._living.discard(key)
@@ -284,10 +310,13 @@ def _products(func: Any) -> Callable[..., int] | None:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    flops: int = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
+    return flops
 
 
 def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    shapes = (grad.shape, query.shape, key.shape, value.shape)
+    flops: int = sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    return flops

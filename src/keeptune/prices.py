@@ -53,6 +53,11 @@ class Case:
         """Bytes of the trained weights."""
         return WIDE * self.step.trained
 
+    @property
+    def head(self) -> float:
+        """Bytes of the gradient of the head's weights."""
+        return 0.0 if self.adapted else WIDE * float(self.hidden * self.vocabulary)
+
     def kept_rows(self, size: float) -> float:
         """Rows that a buffer of this size holds."""
         return min(size, self.past * self.rows)
@@ -107,9 +112,7 @@ def _importance(m: Any, c: Case) -> Price:
     numbers = c.step.matrices if m.on == "effective" and c.adapted else c.step.trained
     each = WIDE + {"float32": 4, "bfloat16": 2, "uint8": 1 + 1 / 64}[m.precision]
     # Reads gradient, importance, anchor and weight, and writes the gradient.
-    return Price(
-        spread=each * numbers, kept=each * numbers, moved=(16 + each - WIDE) * numbers
-    )
+    return Price(spread=each * numbers, kept=each * numbers, moved=(16 + each - WIDE) * numbers)
 
 
 def _path(m: Any, c: Case) -> Price:
@@ -202,7 +205,7 @@ def _half(m: Any, c: Case) -> Price:
 
 
 def _osf(m: Any, c: Case) -> Price:
-    """k (in + out) numbers of each matrix, and 2.7 k / tokens of the step's own arithmetic."""
+    """Of each matrix k (in + out) numbers, and 2.7 k / tokens of the step's own arithmetic."""
     ratio = min(m.ratio + m.grow * c.past, 1.0)
     k = ratio * c.hidden
     return Price(

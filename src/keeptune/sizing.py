@@ -4,7 +4,7 @@ Plain training is counted on a model without memory (`phantom`), what methods ad
 table in `prices`, and seconds from two short measurements of this machine:
 
     memory = weights + optimizer + gradients and activations + methods
-    seconds = products / (products a second) + bytes moved / (bytes a second)
+    seconds = products / (products a second) + bytes / (bytes a second), small pieces and large
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from keeptune.head_pass import CHUNK
 from keeptune.method import Method
 from keeptune.phantom import WIDE, Batch, Step, count
 from keeptune.prices import PRICES, Case, Price
@@ -24,6 +25,7 @@ from keeptune.prices import PRICES, Case, Price
 ADAM_MOVES = 28  # bytes of a weight: it, its gradient and moments are read, all but one written
 DEVICES = (1, 2, 4, 8, 16, 32)
 TILE = 2**24  # numbers in memory that is fresh
+HEAD_PASS = 2 * WIDE * CHUNK  # bytes in logits of answers and in what is made of them
 # On a CPU freed pieces of memory stay with the process as holes between those in use. Measured on
 # SmolLM2-135M: from 0.4 (all weights) to 0.8 (LoRA) of what a forward keeps for its backward.
 HOLES = 0.6
@@ -35,15 +37,13 @@ class Speed:
 
     Attributes:
         flops: Operations in matrix products.
-        traffic: Bytes read and written by everything else.
+        traffic: Bytes read and written in small pieces of memory.
+        streamed: Bytes read and written in large ones.
     """
 
     flops: float
     traffic: float
-
-    def seconds(self, flops: float, traffic: float) -> float:
-        """What so much work takes."""
-        return flops / self.flops + traffic / self.traffic
+    streamed: float
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Need:
         optimizer: Bytes of Adam's moments.
         gradients: Bytes of gradients at the end of a backward.
         peak: Most bytes of gradients and activations at any time of a step.
-        activations: Most bytes of a step beside the layers' gradients; no number of devices
-            divides them.
+        activations: Most bytes of a step beside the layers' gradients and the copies of weights
+            in half precision; no number of devices divides them.
         spread: Bytes that methods hold for weights.
         whole: Bytes that methods hold otherwise.
         kept: Bytes that a forward keeps for its backward.
@@ -64,7 +64,8 @@ class Need:
         state: Bytes that a saved state has on disk.
         rows: Training rows for each new row.
         flops: Of a step.
-        traffic: Bytes moved in a step, the optimizer's included.
+        traffic: Bytes moved in a step, in small pieces of memory.
+        streamed: Those in large ones, and for whole weights, the optimizer's among them.
     """
 
     weights: float
@@ -80,6 +81,7 @@ class Need:
     rows: float
     flops: float
     traffic: float
+    streamed: float
 
     @property
     def memory(self) -> float:
@@ -108,7 +110,9 @@ class Need:
 
     def seconds(self, speed: Speed) -> float:
         """Of a step."""
-        return speed.seconds(self.flops, self.traffic)
+        return (
+            self.flops / speed.flops + self.traffic / speed.traffic + self.streamed / speed.streamed
+        )
 
 
 def need(methods: Sequence[Method], case: Case, logits: Step | None = None) -> Need:
@@ -122,6 +126,10 @@ def need(methods: Sequence[Method], case: Case, logits: Step | None = None) -> N
     known = [m for m in methods if m.name() in PRICES and not m.is_neutral()]
     prices = [PRICES[m.name()](m, case) for m in known]
     step = logits or case.step
+    top = step.top
+    if logits is None and any("answers" in m.needs for m in known):
+        # Its loss is one pass over the head, which holds less than the trainer's own.
+        top = step.kept + HEAD_PASS + case.head
     idle = max((p.idle for p in prices), default=0.0)
     skipped = max((p.skipped for p in prices), default=0.0)
     trained = step.trained * (1 - idle) + _sum(prices, lambda p: p.own)
@@ -135,8 +143,8 @@ def need(methods: Sequence[Method], case: Case, logits: Step | None = None) -> N
         weights=WIDE * step.weights + own,
         optimizer=case.moments * trained,
         gradients=gradients + passing,
-        peak=max(step.top + gradients * case.batch.accumulated, step.rest - saved) + passing + own,
-        activations=max(step.top, step.rest - WIDE * step.trained),
+        peak=max(top + gradients * case.batch.accumulated, step.rest - saved) + passing + own,
+        activations=max(step.lean, step.rest - WIDE * step.trained),
         spread=_sum(prices, lambda p: p.spread),
         whole=_sum(prices, lambda p: p.whole),
         kept=step.kept,
@@ -145,8 +153,10 @@ def need(methods: Sequence[Method], case: Case, logits: Step | None = None) -> N
         + _sum(prices, lambda p: p.kept),
         rows=_product(prices),
         flops=forwards * step.forward_flops + backwards * step.backward_flops,
-        traffic=forwards * step.forward_traffic
-        + backwards * step.backward_traffic
+        traffic=forwards * (step.forward_traffic - step.forward_streamed)
+        + backwards * (step.backward_traffic - step.backward_streamed),
+        streamed=forwards * step.forward_streamed
+        + backwards * step.backward_streamed
         + ADAM_MOVES * trained
         + _sum(prices, lambda p: p.moved),
     )
@@ -189,7 +199,7 @@ class Sizer:
         tokens: float = 128.0,
         answers: float = 64.0,
     ) -> None:
-        self._count = lambda batch: count(config, adapter, batch, kind=kind)
+        self._model = (config, adapter, kind)
         on_gpu = torch.cuda.is_available()  # what TRL chooses there
         recompute = settings.get("gradient_checkpointing", on_gpu)
         batch = Batch(
@@ -214,6 +224,10 @@ class Sizer:
         )
         self._logits: Step | None = None
 
+    def _count(self, batch: Batch) -> Step:
+        config, adapter, kind = self._model
+        return count(config, adapter, batch, kind=kind)
+
     def need(self, methods: Sequence[Method], past: int = 1) -> Need:
         """What a strategy needs while a task is learned after so many others."""
         case = replace(self.case, past=past)
@@ -234,8 +248,8 @@ def _moments(optimizer: str) -> float:
 def measure_speed(case: Case, clock: Callable[[], float] = time.perf_counter) -> Speed:
     """Measure this machine, as busy as it is, in about a second.
 
-    Products have a layer's own shapes. All else is measured on fresh memory of the size of a
-    head's tile, which the system gives page by page, as it does in a step.
+    Products and small pieces have a layer's own shapes; a large piece is fresh memory of the size
+    of a head's tile, which the system gives page by page, as it does in a step.
     """
     tokens = case.batch.rows * case.batch.length
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -245,8 +259,12 @@ def measure_speed(case: Case, clock: Callable[[], float] = time.perf_counter) ->
     matrix = torch.ones(case.hidden, wide, device=device, dtype=kind)
     tile = torch.ones(TILE, device=device)
     products = _seconds(lambda: states @ matrix, clock)
-    moves = _seconds(lambda: tile + 1, clock)
-    return Speed(2 * tokens * matrix.numel() / products, 2 * tile.nbytes / moves)
+    small = states @ matrix
+    return Speed(
+        2 * tokens * matrix.numel() / products,
+        2 * small.nbytes / _seconds(lambda: small + 1, clock),
+        2 * tile.nbytes / _seconds(lambda: tile + 1, clock),
+    )
 
 
 def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
