@@ -145,7 +145,8 @@ def parameter(p: Any) -> tuple[str, str]:
     """One argument or option of a command."""
     shown = p.metavar or p.name.upper()
     if p.opts[0].startswith("--"):
-        shown = p.opts[0] if p.is_flag else f"{p.opts[0]} {shown}"
+        either = ", ".join([*p.opts, *p.secondary_opts])
+        shown = either if p.is_flag else f"{p.opts[0]} {shown}"
     meaning = p.help or ""
     if p.required:
         meaning += " Required."

@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 import pico
 from keeptune import Chain, Context, Method, phantom, registry
+from keeptune.errors import ModelError
 from keeptune.phantom import WIDE, Batch, count
 from keeptune.prices import PRICES
 from keeptune.sizing import Need, Sizer, Speed, measure_speed
@@ -124,6 +125,15 @@ def test_a_classifier_is_counted_too() -> None:
     config = pico.classifier(3).config
     step = count(config, None, Batch(4, 16), kind="classification")
     assert step.weights == sum(p.numel() for p in pico.classifier(3).parameters())
+
+
+def test_a_model_that_asks_for_values_is_said_to_be_uncountable() -> None:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"this model \(mixtral\) needs cannot be counted"):
+        count(config, None, Batch(2, 8))
 
 
 def test_counting_leaves_the_random_state_alone() -> None:

@@ -141,8 +141,8 @@ def advise(
 
 # What is asked where no option says it, and what is assumed where nobody can be asked.
 QUESTIONS: dict[str, str] = {
-    "rows": "May old training rows be kept?",
     "private": "Are the training rows private?",
+    "rows": "May old training rows be kept?",
     "known": "Is it known which task a question is of, when the model answers?",
     "tasks": "How many tasks are to come, those listed included?",
     "keep": "What must not be lost: tasks, base (what the model knew), or both?",
@@ -155,17 +155,19 @@ def _case(
     from keeptune.advice import Asked
 
     assumed: dict[str, Any] = {
-        "private": recipe.privacy == "strict",
-        "rows": recipe.privacy == "open",
+        "private": False,
+        "rows": True,
         "known": False,
         "tasks": len(recipe.tasks),
         "keep": "both",
     }
-    if recipe.privacy == "strict" or given["private"]:
-        given = {**given, "private": True, "rows": False}
+    if recipe.privacy == "strict":
+        given["private"] = True
     asks = _asks()
     for name, question in QUESTIONS.items():
-        if given[name] is None:
+        if name == "rows" and given["private"]:
+            given["rows"] = False
+        elif given[name] is None:
             given[name] = _ask(question, assumed[name]) if asks else assumed[name]
             if not asks:
                 typer.echo(f"assumed: {question} {_said(assumed[name])}", err=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from keeptune.chain import Chain
-from keeptune.errors import KeeptuneError
+from keeptune.errors import KeeptuneError, ModelError
 from keeptune.method import Method
 from keeptune.recipe import Recipe
 from keeptune.runs import quiet
@@ -43,8 +43,13 @@ def inspect(recipe: Recipe) -> Inspection:
         f"model     {info['name']}: {info['parameters']:,} weights, "
         f"{info['trainable']:,} of them trained ({info['adapter']})",
         f"strategy  {session.chain.name}",
-        *sizing_lines(sizer_of(session), list(session.chain), len(session.tokenised) - 1),
     ]
+    try:
+        found.lines += sizing_lines(
+            sizer_of(session), list(session.chain), len(session.tokenised) - 1
+        )
+    except ModelError as error:
+        found.lines.append(f"memory    {error}")
     for task in session.data_infos():
         cut = f", {task.truncated_rows} cut to {session.plan.max_length}" * bool(
             task.truncated_rows

@@ -8,6 +8,7 @@ formula for each. A model of 70 billion weights is counted in seconds on a lapto
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from keeptune.errors import ModelError
 from keeptune.session import dress
 from keeptune.trainers import loss_of
 
@@ -104,7 +106,25 @@ def count(config: Any, adapter: Any, batch: Batch, *, kind: str = "causal_lm") -
         adapter: A PEFT config, or None to train all weights.
         batch: What is counted.
         kind: "causal_lm" or "classification".
+
+    Raises:
+        ModelError: What it does depends on values, or cannot be done without them.
     """
+    logs = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logs.level
+    logs.setLevel(logging.CRITICAL)
+    try:
+        return _count_layers(config, adapter, batch, kind)
+    except Exception as error:  # whatever a model's own code says to tensors without values
+        raise ModelError(
+            f"What a step of this model ({config.model_type}) needs cannot be counted without its "
+            f"weights: {str(error).strip().splitlines()[0]}"
+        ) from error
+    finally:
+        logs.setLevel(level)
+
+
+def _count_layers(config: Any, adapter: Any, batch: Batch, kind: str) -> Step:
     layers = _depth(config, adapter)
     if layers is None:
         return _count(config, adapter, batch, kind)
