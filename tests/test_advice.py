@@ -186,6 +186,13 @@ def test_a_recipe_that_is_strict_says_what_may_be_kept(home: Path) -> None:
     assert "replay" not in done.output.replace("pseudo_replay", "")
 
 
+def test_a_classifier_needs_no_data_to_be_advised_on(home: Path) -> None:
+    done = advise("--model", "tiny", "--kind", "classification", "--adapter", "none", "--no-rows")
+    assert done.exit_code == 0, done.output
+    assert "seq_star" in done.output
+    assert "pseudo_replay" not in done.output
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -74,11 +74,12 @@ def sizer_of_model(recipe: Recipe, length: int) -> Sizer:
     """
     check_adapter(recipe)
     with quiet():
-        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    adapter = adapter_config(recipe)
+        labels = ("one", "other") if recipe.kind == "classification" else ()
+        trust = recipe.trust_remote_code
+        config = load_config(recipe.model, labels=labels, trust_remote_code=trust)
     return Sizer(
         config,
-        adapter,
+        adapter_config(recipe),
         recipe.trainer,
         kind=recipe.kind,
         longest=length,

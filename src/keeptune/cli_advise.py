@@ -250,9 +250,9 @@ def _pilot(
     data = out / "data"
     short = pilot_recipe(recipe, data, Size(rows, steps), private=asked.private)
     words = words_of([one.rule for one in found])
-    planned = plan(short, out, methods=words, seeds=str(seeds))
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        planned = plan(short, out, methods=words, seeds=str(seeds))
         engine = engines.choose("local", at_once=jobs)
         done = compare(planned, out, board.choose(sys.stderr), engine)
     except KeyboardInterrupt as error:

@@ -9,6 +9,7 @@ table in `prices`, and seconds from two short measurements of this machine:
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +152,7 @@ def need(methods: Sequence[Method], case: Case, logits: Step | None = None) -> N
         layer=WIDE * step.largest,
         state=WIDE * (step.trained if case.adapted else step.weights)
         + _sum(prices, lambda p: p.kept),
-        rows=_product(prices),
+        rows=math.prod(p.rows for p in prices),
         flops=forwards * step.forward_flops + backwards * step.backward_flops,
         traffic=forwards * (step.forward_traffic - step.forward_streamed)
         + backwards * (step.backward_traffic - step.backward_streamed),
@@ -164,13 +165,6 @@ def need(methods: Sequence[Method], case: Case, logits: Step | None = None) -> N
 
 def _sum(prices: Sequence[Price], part: Callable[[Price], float]) -> float:
     return sum(part(price) for price in prices)
-
-
-def _product(prices: Sequence[Price]) -> float:
-    total = 1.0
-    for price in prices:
-        total *= price.rows
-    return total
 
 
 class Sizer:
