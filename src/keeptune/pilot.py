@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from keeptune.errors import DataError
 from keeptune.intervals import generator
 from keeptune.ranking import rankings
 from keeptune.recipe import Recipe, parse_recipe, resolve
-from keeptune.rows import Rows
+from keeptune.rows import Rows, part
 from keeptune.session import read_sources
+from keeptune.stream import Task
+from keeptune.validation import hold_out
 
-LEAST = 16  # rows that a task must have, so that half of them can be scored
+LEAST = 16  # rows that a task must have
+SCORED = 1 / 3  # share of the drawn rows that is not learned
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Size:
     """How large a pilot is.
 
     Attributes:
-        rows: Rows of a task, at most: two thirds are learned and the others scored.
+        rows: Training rows of a task that are drawn, at most.
         steps: Steps of a task.
     """
 
@@ -50,14 +53,15 @@ def pilot_recipe(recipe: Recipe, folder: Path, size: Size, *, private: bool = Fa
     tasks, _ = read_sources(recipe)
     values = resolve(recipe)
     for number, task in enumerate(tasks):
-        learned, scored = _split(task.train, task.name, size.rows, recall=task.recall)
-        for part, rows in (("train", learned), ("eval", scored)):
-            values["tasks"][number][part] = _write(folder / f"{number}-{part}.jsonl", rows)
+        held = _held(task, size.rows, recipe.seed)
+        values["tasks"][number]["score"] = held.score
+        for part_of, rows in (("train", held.train), ("eval", held.eval)):
+            values["tasks"][number][part_of] = _write(folder / f"{number}-{part_of}.jsonl", rows)
     values["guards"] = [guard for guard in values["guards"] if not _is_transfer(guard)]
     values["trainer"] = {**values["trainer"], "max_steps": size.steps}
     if private:
         values["privacy"] = "strict"
-    return parse_recipe({**values, "watch": None, "budget": None, "out": None})
+    return parse_recipe(values | dict.fromkeys(("watch", "budget", "validation", "out")))
 
 
 def standing(groups: Sequence[Group]) -> list[str]:
@@ -80,24 +84,22 @@ def words_of(rules: Sequence[Rule]) -> str:
     return ",".join(["plain", *(rule.words for rule in rules)])
 
 
-def _split(rows: Rows, name: str, most: int, *, recall: bool) -> tuple[list[Any], list[Any]]:
-    """Rows to learn and rows to score, drawn by the content: none is both, except for recall."""
-    each = list({json.dumps(row, sort_keys=True): row for row in rows.rows}.values())
-    if len(each) < LEAST:
+def _held(task: Task, most: int, seed: int) -> Task:
+    """A task on a draw of its training rows, the same whatever the runs' seeds are."""
+    if len(task.train) < LEAST:
         raise DataError(
-            f"Task {name!r} has {len(each)} different training rows, and a pilot learns a part of "
+            f"Task {task.name!r} has {len(task.train)} training rows, and a pilot learns a part of "
             f"them and scores the others: it needs at least {LEAST}. Leave --pilot out."
         )
-    order = generator("pilot", name, rows.sha256).permutation(len(each))[:most]
-    drawn = [each[i] for i in order]
-    if recall:
-        return drawn, drawn
-    learned = 2 * len(drawn) // 3
-    return drawn[:learned], drawn[learned:]
+    order = generator("pilot", task.name, task.train.sha256).permutation(len(task.train))
+    drawn = replace(task, train=part(task.train, sorted(order[:most].tolist())))
+    # What is to be known by heart is scored on what was learned, as in the run itself.
+    return replace(drawn, eval=drawn.train) if task.recall else hold_out(drawn, SCORED, seed)
 
 
-def _write(path: Path, rows: Sequence[Any]) -> str:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+def _write(path: Path, rows: Rows) -> str:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rows)
+    write_atomic(path, "".join(lines).encode())
     return str(path)
 
 
