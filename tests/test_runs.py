@@ -17,7 +17,14 @@ import pico
 from keeptune import loop, serving, state
 from keeptune.checks import run_checks
 from keeptune.disk import locked
-from keeptune.errors import DataError, FolderError, KeeptuneError, RecipeError, TrainingError
+from keeptune.errors import (
+    DataError,
+    FolderError,
+    KeeptuneError,
+    ModelError,
+    RecipeError,
+    TrainingError,
+)
 from keeptune.folder import RunFolder
 from keeptune.inspection import inspect
 from keeptune.method import Context
@@ -276,6 +283,18 @@ def test_inspect_says_what_would_be_trained_and_writes_nothing(home: Path) -> No
     for word in ("t0: 8 rows", "strategy  ewc", "optimizer", "a step", "DDP", "FSDP2"):
         assert word in text
     assert sorted(home.rglob("*")) == before
+
+
+def test_a_step_that_cannot_be_counted_is_said_and_is_no_problem(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(session: Any) -> Any:
+        raise ModelError("It cannot be counted.")
+
+    monkeypatch.setattr("keeptune.inspection.sizer_of", refuse)
+    found = inspect(recipe(home))
+    assert not found.problems
+    assert "memory    It cannot be counted." in found.lines
 
 
 # -- bad input: one sentence, nothing written ---------------------------------------------------
