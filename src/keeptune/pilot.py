@@ -53,7 +53,7 @@ def pilot_recipe(recipe: Recipe, folder: Path, size: Size, *, private: bool = Fa
     tasks, _ = read_sources(recipe)
     values = resolve(recipe)
     for number, task in enumerate(tasks):
-        held = _held(task, size.rows, recipe.seed)
+        held = _held(task, size.rows)
         values["tasks"][number]["score"] = held.score
         for part_of, rows in (("train", held.train), ("eval", held.eval)):
             values["tasks"][number][part_of] = _write(folder / f"{number}-{part_of}.jsonl", rows)
@@ -84,7 +84,7 @@ def words_of(rules: Sequence[Rule]) -> str:
     return ",".join(["plain", *(rule.words for rule in rules)])
 
 
-def _held(task: Task, most: int, seed: int) -> Task:
+def _held(task: Task, most: int) -> Task:
     """A task on a draw of its training rows, the same whatever the runs' seeds are."""
     if len(task.train) < LEAST:
         raise DataError(
@@ -94,7 +94,7 @@ def _held(task: Task, most: int, seed: int) -> Task:
     order = generator("pilot", task.name, task.train.sha256).permutation(len(task.train))
     drawn = replace(task, train=part(task.train, sorted(order[:most].tolist())))
     # What is to be known by heart is scored on what was learned, as in the run itself.
-    return replace(drawn, eval=drawn.train) if task.recall else hold_out(drawn, SCORED, seed)
+    return replace(drawn, eval=drawn.train) if task.recall else hold_out(drawn, SCORED)
 
 
 def _write(path: Path, rows: Rows) -> str:

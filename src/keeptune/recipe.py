@@ -89,7 +89,7 @@ class Recipe(Part):
     """Each task is a stream seen once: its rows are learned in their order, in one pass."""
     validation: float | None = Field(None, gt=0, lt=1)
     """Share of each task's training rows held out and scored in place of its evaluation rows, and \
-of each guard's rows used: for choosing settings. The seed decides which."""
+of each guard's rows used: for choosing settings. The same for all seeds."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random choice of the run follows from it."""
     out: Annotated[Path, Field(strict=False)] | None = None

@@ -234,8 +234,8 @@ def read_sources(recipe: Recipe) -> tuple[list[Task], list[Guard]]:
         whole, tasks = tasks, []
         for each in whole:
             with problems.collect():
-                tasks.append(hold_out(each, recipe.validation, recipe.seed))
-        guards = [sampled(guard, recipe.validation, recipe.seed) for guard in guards]
+                tasks.append(hold_out(each, recipe.validation))
+        guards = [sampled(guard, recipe.validation) for guard in guards]
     problems.raise_all()
     return tasks, guards
 

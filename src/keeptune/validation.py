@@ -16,15 +16,15 @@ from keeptune.scorers import DEFAULTS, check_score
 from keeptune.stream import Task
 
 
-def hold_out(task: Task, share: float, seed: int) -> Task:
+def hold_out(task: Task, share: float) -> Task:
     """A task that is scored on some of its training rows, and trained on the others.
 
-    Training rows that are evaluation rows too are trained on, never held out.
+    Training rows that are evaluation rows too are trained on, never held out. The same rows give
+    the same draw whatever a run's seed is, so that runs of several seeds are scored on the same.
 
     Args:
         task: The task.
         share: Of the training rows, 0 to 1; one row at least.
-        seed: Decides which; the same seed and rows always give the same.
 
     Raises:
         RecipeError: The task is scored on recall.
@@ -41,7 +41,7 @@ def hold_out(task: Task, share: float, seed: int) -> Task:
             f"validation: task {task.name!r} has {len(free)} of {len(task.train)} training rows "
             "that are no evaluation rows, too few to hold one out and train on the others."
         )
-    chosen = _drawn(free, round(share * len(task.train)), ("task", task.name, seed), task.train)
+    chosen = _drawn(free, round(share * len(task.train)), ("task", task.name), task.train)
     rest = sorted(set(range(len(task.train))) - set(chosen))
     held = part(task.train, chosen)
     return replace(task, train=part(task.train, rest), eval=held, score=_score(task.score, held))
@@ -56,18 +56,16 @@ def _score(score: str, held: Rows) -> str:
     return score
 
 
-def sampled(guard: Guard, share: float, seed: int) -> Guard:
+def sampled(guard: Guard, share: float) -> Guard:
     """A guard on some of its rows; one of lm-eval stays as it is."""
     if guard.rows is None:
         return guard
     count, every = round(share * len(guard.rows)), range(len(guard.rows))
-    chosen = _drawn(every, count, ("guard", guard.name, seed), guard.rows)
+    chosen = _drawn(every, count, ("guard", guard.name), guard.rows)
     return replace(guard, rows=part(guard.rows, chosen))
 
 
-def _drawn(
-    positions: Sequence[int], count: int, words: tuple[str, str, int], rows: Rows
-) -> list[int]:
+def _drawn(positions: Sequence[int], count: int, words: tuple[str, str], rows: Rows) -> list[int]:
     """So many of the positions, at least one, but never all rows; in their order."""
     most = max(1, min(count, len(positions), len(rows) - 1))
     random = generator("validation", *words, rows.sha256)
