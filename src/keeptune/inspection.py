@@ -114,7 +114,7 @@ def sizing_lines(sizer: Sizer, methods: Sequence[Method], past: int) -> list[str
         f"{batch.rows} rows of {batch.length} tokens, {gib(found.spread + found.whole)} methods",
         f"          on a CPU up to {gib(found.resident)}, as freed pieces stay with the process",
         f"time      about {seconds:.2g} s a step on this machine, {seconds / bare:.2f} × plain; "
-        f"{found.rows:g} training rows for each new one",
+        f"for each new row {found.rows:g} are trained on",
         f"disk      about {gib(found.state)} in a saved state",
         f"devices   {' '.join(f'{n:8}' for n in DEVICES)}   (GiB on each)",
         f"  DDP     {ddp}",
