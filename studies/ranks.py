@@ -28,10 +28,10 @@ PAGE = Path(__file__).with_suffix(".md")
 
 TASKS, EVAL = 2, 60
 RATES: dict[str, dict[str, float]] = {
-    "rank 2": {"low": 3e-4, "middle": 1e-3, "high": 3e-3},
-    "rank 8": {"low": 3e-4, "middle": 1e-3, "high": 3e-3},
-    "rank 64": {"low": 3e-4, "middle": 1e-3, "high": 3e-3},
-    "all weights": {"low": 3e-5, "middle": 1e-4, "high": 3e-4},
+    "rank 2": {"low": 1e-3, "middle": 2e-3, "high": 4e-3},
+    "rank 8": {"low": 1e-3, "middle": 2e-3, "high": 4e-3},
+    "rank 64": {"low": 1e-3, "middle": 2e-3, "high": 4e-3},
+    "all weights": {"low": 1e-4, "middle": 2e-4, "high": 4e-4},
 }
 
 

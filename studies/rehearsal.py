@@ -28,21 +28,16 @@ PAGE = Path(__file__).with_suffix(".md")
 
 TASKS, EVAL = 3, 60
 RATIOS = (0.005, 0.02, 0.05, 0.1, 0.2)
-CHATS = {"general": 0.05, "longest": 64}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "pseudo": {"pseudo_replay": {"ratio": 0.2}},
     "pseudo, distilled": {"pseudo_replay": {"ratio": 0.2, "distil": 1.0}},
-    "chats": {"pseudo_replay": {"ratio": 0.0, **CHATS}},
-    "pseudo and chats": {"pseudo_replay": {"ratio": 0.2, **CHATS}},
-    "pseudo and chats, distilled": {"pseudo_replay": {"ratio": 0.2, "distil": 1.0, **CHATS}},
+    "pseudo and chats": {"pseudo_replay": {"ratio": 0.2, "general": 0.05, "longest": 64}},
     **{f"replay {ratio:g}": {"replay": {"ratio": ratio}} for ratio in RATIOS},
-    "der_pp": {"der_pp": {"rows": 2}},
     "lwf": {"lwf": {}},
-    "kl_base": {"kl_base": {}},
 }
-# One pass is enough for plain training to learn each task.
-TRAINER: dict[str, Any] = {**COMMON, "learning_rate": 1e-3, "num_train_epochs": 1}
+# At this rate plain training of another seed learned most, and forgot.
+TRAINER: dict[str, Any] = {**COMMON, "learning_rate": 4e-3, "num_train_epochs": 1}
 
 
 # -- one run --------------------------------------------------------------------------------------
