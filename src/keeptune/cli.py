@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from keeptune.cli_compare import compare
 from keeptune.cli_noise import noise
 from keeptune.cli_options import Overrides, RecipeFile
 from keeptune.cli_repair import repair
+from keeptune.cli_stopping import continued_by, stoppable
 from keeptune.cli_tune import tune
 from keeptune.errors import KeeptuneError
 
@@ -299,14 +299,11 @@ def _working(again: Sequence[str]) -> Iterator[Progress]:
 
     progress = choose(sys.stderr) if is_first() else Silent()
     progress.note("loading libraries, model and data")
-    try:
-        yield progress
-    except KeyboardInterrupt as error:
-        progress.close()
-        typer.echo(f"keeptune: stopped. Continue with: keeptune {shlex.join(again)}", err=True)
-        raise typer.Exit(130) from error
-    finally:
-        progress.close()
+    with stoppable(continued_by(again)):
+        try:
+            yield progress
+        finally:
+            progress.close()
 
 
 def _show(folder: RunFolder) -> None:

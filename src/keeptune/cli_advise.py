@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keeptune.cli_compare import STOPPED, show_compared
+from keeptune.cli_compare import show_compared
 from keeptune.cli_options import Overrides
+from keeptune.cli_stopping import stoppable_runs
 from keeptune.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -250,16 +250,12 @@ def _pilot(
     data = out / "data"
     short = pilot_recipe(recipe, data, Size(rows, steps), private=asked.private)
     words = words_of([one.rule for one in found])
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        planned = plan(short, out, methods=words, seeds=str(seeds))
-        engine = engines.choose("local", at_once=jobs)
-        done = compare(planned, out, board.choose(sys.stderr), engine)
-    except KeyboardInterrupt as error:
-        typer.echo("keeptune: stopped. The same command goes on.", err=True)
-        raise typer.Exit(STOPPED) from error
+        with stoppable_runs("The same command goes on."):
+            planned = plan(short, out, methods=words, seeds=str(seeds))
+            engine = engines.choose("local", at_once=jobs)
+            done = compare(planned, out, board.choose(sys.stderr), engine)
     finally:
-        signal.signal(signal.SIGTERM, former)
         if asked.private:
             shutil.rmtree(data)  # the same command draws the same rows again
     for line in standing(comparison.compare([RunFolder(job.folder) for job in done.done])):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keeptune.cli_options import Overrides, RecipeFile
+from keeptune.cli_stopping import FAILED, continued_by, stoppable_runs
 
 if TYPE_CHECKING:
     from keeptune.compare import Compared
-
-FAILED, STOPPED = 1, 130
 
 
 def compare(
@@ -73,9 +70,13 @@ def compare(
     2 when something is wrong before the first begins.
     """
     where = out or Path("runs") / f"{recipe.stem}-compare"
-    # SIGTERM is the same as Ctrl-C: each run saves a state.
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    again = ["compare", str(recipe), "--seeds", seeds, "--orders", str(orders)]
+    again += ["--jobs", str(jobs), "--engine", engine, "--out", str(where)]
+    again += ["--methods", methods] if methods is not None else []
+    again += ["--address", address] if address is not None else []
+    again += [word for one in slurm or () for word in ("--slurm", one)]
+    again += [word for one in set_ or () for word in ("--set", one)]
+    with stoppable_runs(continued_by(again)):
         from keeptune import board, engines
         from keeptune.recipe import load_recipe
 
@@ -92,17 +93,6 @@ def compare(
                 typer.echo(f"{state:9}{job.title}: {job.folder}")
             return
         done = run_all(planned, where, board.choose(sys.stderr), chosen)
-    except KeyboardInterrupt as error:
-        again = ["compare", str(recipe), "--seeds", seeds, "--orders", str(orders)]
-        again += ["--jobs", str(jobs), "--engine", engine, "--out", str(where)]
-        again += ["--methods", methods] if methods is not None else []
-        again += ["--address", address] if address is not None else []
-        again += [word for one in slurm or () for word in ("--slurm", one)]
-        again += [word for one in set_ or () for word in ("--set", one)]
-        typer.echo(f"keeptune: stopped. Continue with: keeptune {shlex.join(again)}", err=True)
-        raise typer.Exit(STOPPED) from error
-    finally:
-        signal.signal(signal.SIGTERM, former)
     show_compared(done)
 
 

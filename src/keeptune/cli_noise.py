@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keeptune.cli_stopping import FAILED, continued_by, stoppable_runs
+
 if TYPE_CHECKING:
     from keeptune.noise import Measured
-
-FAILED, STOPPED = 1, 130
 
 
 def noise(
@@ -36,9 +34,8 @@ def noise(
     that is smaller than what comes about by chance "within the noise". Nothing is run twice: the
     same command goes on where it was stopped. The exit code is 1 when one of the runs failed.
     """
-    # SIGTERM is the same as Ctrl-C: each run saves a state.
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    again = ["noise", str(folder), "--seeds", str(seeds), "--jobs", str(jobs)]
+    with stoppable_runs(continued_by(again)):
         from keeptune import board, engines
         from keeptune.progress import choose
 
@@ -52,12 +49,6 @@ def noise(
             done = measure(folder, seeds, board=shown, engine=engine, progress=progress)
         finally:
             progress.close()
-    except KeyboardInterrupt as error:
-        again = ["noise", str(folder), "--seeds", str(seeds), "--jobs", str(jobs)]
-        typer.echo(f"keeptune: stopped. Continue with: keeptune {shlex.join(again)}", err=True)
-        raise typer.Exit(STOPPED) from error
-    finally:
-        signal.signal(signal.SIGTERM, former)
     _show(done)
 
 

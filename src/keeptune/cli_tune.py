@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keeptune.cli_options import Overrides, RecipeFile
+from keeptune.cli_stopping import continued_by, stoppable_runs
 
 if TYPE_CHECKING:
     from keeptune.tune import Tuned
-
-STOPPED = 130
 
 
 def tune(
@@ -59,9 +56,12 @@ def tune(
     goes on where it was stopped, and with more trials it adds to them. Needs Optuna (extra `tune`).
     """
     where = out or Path("runs") / f"{recipe.stem}-tune"
-    # SIGTERM is the same as Ctrl-C: each run saves a state.
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    again = ["tune", str(recipe), "--trials", str(trials), "--jobs", str(jobs)]
+    again += ["--out", str(where)]
+    again += ["--validation", str(validation)] if validation is not None else []
+    again += [word for one in search or () for word in ("--search", one)]
+    again += [word for one in set_ or () for word in ("--set", one)]
+    with stoppable_runs(continued_by(again)):
         typer.echo("loading libraries and data", err=True)
         from keeptune import board, engines
         from keeptune.tune import plan
@@ -74,16 +74,6 @@ def tune(
             return
         engine = engines.choose("local", at_once=jobs)
         done = search_for(planned, trials, where, board.choose(sys.stderr), engine, jobs)
-    except KeyboardInterrupt as error:
-        again = ["tune", str(recipe), "--trials", str(trials), "--jobs", str(jobs)]
-        again += ["--out", str(where)]
-        again += ["--validation", str(validation)] if validation is not None else []
-        again += [word for one in search or () for word in ("--search", one)]
-        again += [word for one in set_ or () for word in ("--set", one)]
-        typer.echo(f"keeptune: stopped. Continue with: keeptune {shlex.join(again)}", err=True)
-        raise typer.Exit(STOPPED) from error
-    finally:
-        signal.signal(signal.SIGTERM, former)
     _show(done)
 
 
