@@ -14,17 +14,17 @@ from keeptune.floors import floor
 from keeptune.folder import RunFolder
 from keeptune.intervals import Array, Estimate, over_seeds, with_interval
 from keeptune.metrics import (
-    DEFINITIONS,
     INTRANSIGENCE,
     Definition,
     Metric,
     Summary,
+    find,
     raw,
     summarise_results,
 )
 from keeptune.records import Unit
 from keeptune.results import Results, load
-from keeptune.units import UNITS, Scale, convert, shown_as
+from keeptune.units import Scale, convert, shown_as
 
 TRAINING = ("train", "end_task")
 
@@ -207,11 +207,6 @@ def _over_seeds(metrics: list[Metric]) -> Metric:
     )
 
 
-def _find(key: str) -> tuple[Definition, Unit]:
-    name, unit = (key.removesuffix("_perplexity"), UNITS[key.endswith("_perplexity")])
-    return next(d for d in (*DEFINITIONS, INTRANSIGENCE) if d.key == name), unit
-
-
 def difference(ours: list[Results], theirs: list[Results], key: str) -> Estimate | None:
     """One group minus another in a metric, paired: run by run, or example by example.
 
@@ -223,7 +218,7 @@ def difference(ours: list[Results], theirs: list[Results], key: str) -> Estimate
     Returns:
         In points or relative; None where one of them has no value.
     """
-    definition, unit = _find(key)
+    definition, unit = find(key)
     if definition is INTRANSIGENCE:
         return None
     scale: Scale = "loss" if definition.scale == "loss" else "change"

@@ -107,6 +107,8 @@ DEFINITIONS = (
     ),
 )  # fmt: skip
 
+_PERPLEXITY = "_perplexity"  # behind the keys of metrics over perplexities
+
 INTRANSIGENCE = Definition(
     "intransigence",
     ("Intransigence", "Perplexity above joint training"),
@@ -198,6 +200,17 @@ def summarise_results(results: Results, joint: Results | None = None) -> Summary
     )
 
 
+def key_of(definition: Definition, unit: Unit) -> str:
+    """The key of a metric over shares or over perplexities."""
+    return definition.key + _PERPLEXITY * (unit == "perplexity")
+
+
+def find(key: str) -> tuple[Definition, Unit]:
+    """The metric of a key that `key_of` gave."""
+    name, unit = key.removesuffix(_PERPLEXITY), UNITS[key.endswith(_PERPLEXITY)]
+    return next(d for d in (*DEFINITIONS, INTRANSIGENCE) if d.key == name), unit
+
+
 def applies(results: Results, definition: Definition, unit: Unit) -> bool:
     """Whether a metric makes sense for a run: shares always, perplexities where there are some."""
     if unit == "share":
@@ -235,7 +248,7 @@ def _metric(results: Results, definition: Definition, unit: Unit, joint: Results
     columns = results.tasks if definition.kind == "task" else results.kept
     n = sum(c.info.unit == unit for c in columns)
     shown = shown_as(definition.scale, unit)
-    key = definition.key + ("" if unit == "share" else "_perplexity")
+    key = key_of(definition, unit)
     spread = results.spread("metric", key)
     found = replace(with_interval(value, draws, n), floor=floor(spread, 1) if spread else 0.0)
     return Metric(

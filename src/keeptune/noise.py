@@ -27,10 +27,10 @@ from keeptune.guard import Guard
 from keeptune.intervals import Array
 from keeptune.jobs import Job
 from keeptune.loop import Loop
-from keeptune.metrics import DEFINITIONS, applies, raw
+from keeptune.metrics import DEFINITIONS, applies, key_of, raw
 from keeptune.progress import Progress, duration
 from keeptune.recipe import Recipe, load_recipe
-from keeptune.records import Kind, Noise, Spread, Unit
+from keeptune.records import Kind, Measure, Noise, Spread, Unit
 from keeptune.results import Column, Results, load
 from keeptune.runs import DIVISION, quiet, refuse_objects
 from keeptune.session import Session, open_session, read_plan
@@ -219,7 +219,7 @@ def spreads(runs: Sequence[Results], again: Again) -> list[Spread]:
     for unit in UNITS:
         for definition in DEFINITIONS:
             if applies(runs[0], definition, unit):
-                key = definition.key + ("" if unit == "share" else "_perplexity")
+                key = key_of(definition, unit)
                 found.append(_spread("metric", key, unit, [raw(r, definition, unit) for r in runs]))
     return [spread for spread in found if spread is not None]
 
@@ -245,7 +245,7 @@ def _change(column: Column, since: int, row: int) -> tuple[float, Array]:
 
 
 def _spread(
-    kind: str,
+    kind: Measure,
     name: str,
     unit: Unit,
     ends: Sequence[tuple[float, Array]],
@@ -257,16 +257,14 @@ def _spread(
         return None
     draws = [drawn for _, drawn in ends]
     gaps = [_error(one - other) for one, other in combinations(draws, 2)]
-    return Spread.model_validate(
-        {
-            "kind": kind,
-            "name": name,
-            "unit": unit,
-            "again": list(again),
-            "seeds": values,
-            "examples": _error(draws[0]),
-            "paired": math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)) if gaps else None,
-        }
+    return Spread(
+        kind=kind,
+        name=name,
+        unit=unit,
+        again=list(again),
+        seeds=values,
+        examples=_error(draws[0]),
+        paired=math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)) if gaps else None,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keeptune.floors import deviation, floor
-from keeptune.metrics import DEFINITIONS, Definition
+from keeptune.metrics import find
 from keeptune.ranking import KEYS
 from keeptune.records import Noise, Spread, Unit
 from keeptune.results import CHANGES
@@ -82,18 +82,13 @@ def title(spread: Spread) -> str:
     """A task's or guard's name, or a metric's title."""
     if spread.kind != "metric":
         return spread.name
-    return _definition(spread).title[UNITS.index(spread.unit)]
-
-
-def _definition(spread: Spread) -> Definition:
-    key = spread.name.removesuffix("_perplexity")
-    return next(definition for definition in DEFINITIONS if definition.key == key)
+    return find(spread.name)[0].title[UNITS.index(spread.unit)]
 
 
 def _of_one(spread: Spread, noise: Noise) -> Spread | None:
     """What decides whether one run's change means something; None where there is no change."""
     if spread.kind == "metric":
-        return None if _definition(spread).scale == "level" else spread
+        return None if find(spread.name)[0].scale == "level" else spread
     changes = [s for s in noise.spreads if s.kind in CHANGES and s.name == spread.name]
     return changes[-1] if changes else None
 
