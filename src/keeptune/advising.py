@@ -34,17 +34,7 @@ def sizer_for(recipe: Recipe) -> Sizer:
             tokens.tokenise(task.train, tokenizer, max_length=longest, labels=labels)
             for task in tasks
         ]
-    rows = sum(len(task.dataset) for task in encoded)
-    return Sizer(
-        config,
-        adapter_config(recipe),
-        recipe.trainer,
-        kind=recipe.kind,
-        longest=max(len(ids) for task in encoded for ids in task.dataset["input_ids"]),
-        rows=-(-rows // len(encoded)),
-        tokens=sum(task.tokens for task in encoded) / rows,
-        answers=sum(task.answer_tokens for task in encoded) / rows,
-    )
+    return Sizer.of(config, adapter_config(recipe), recipe.trainer, encoded, kind=recipe.kind)
 
 
 def recipe_of(model: str, adapter: str, kind: str) -> Recipe:

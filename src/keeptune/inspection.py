@@ -79,19 +79,10 @@ def exports(chain: Chain) -> str:
 
 
 def sizer_of(session: Session) -> Sizer:
-    """What sizes a session's runs: batches of its longest rows, tasks of their mean size."""
-    plan, tasks = session.plan, session.tokenised
-    rows = sum(len(task.dataset) for task in tasks)
-    return Sizer(
-        plan.loaded.model.config,
-        plan.adapter,
-        plan.settings,
-        kind=plan.kind,
-        longest=max(len(ids) for task in tasks for ids in task.dataset["input_ids"]),
-        rows=-(-rows // len(tasks)),
-        tokens=sum(task.tokens for task in tasks) / rows,
-        answers=sum(task.answer_tokens for task in tasks) / rows,
-    )
+    """What sizes a session's runs."""
+    plan = session.plan
+    config = plan.loaded.model.config
+    return Sizer.of(config, plan.adapter, plan.settings, session.tokenised, kind=plan.kind)
 
 
 def sizing_lines(sizer: Sizer, methods: Sequence[Method], past: int) -> list[str]:

@@ -22,6 +22,7 @@ from keeptune.head_pass import CHUNK
 from keeptune.method import Method
 from keeptune.phantom import WIDE, Batch, Step, count
 from keeptune.prices import PRICES, Case, Price
+from keeptune.tokens import Tokenised
 
 ADAM_MOVES = 28  # bytes of a weight: it, its gradient and moments are read, all but one written
 DEVICES = (1, 2, 4, 8, 16, 32)
@@ -217,6 +218,29 @@ class Sizer:
             answers=answers,
         )
         self._logits: Step | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        adapter: Any,
+        settings: Mapping[str, Any],
+        tasks: Sequence[Tokenised],
+        *,
+        kind: str,
+    ) -> Sizer:
+        """What sizes a run on these tasks: batches of their longest row, tasks of the mean size."""
+        rows = sum(len(task.dataset) for task in tasks)
+        return cls(
+            config,
+            adapter,
+            settings,
+            kind=kind,
+            longest=max(len(ids) for task in tasks for ids in task.dataset["input_ids"]),
+            rows=-(-rows // len(tasks)),
+            tokens=sum(task.tokens for task in tasks) / rows,
+            answers=sum(task.answer_tokens for task in tasks) / rows,
+        )
 
     def _count(self, batch: Batch) -> Step:
         config, adapter, kind = self._model
