@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from keeptune import registry
@@ -263,5 +263,5 @@ def limits(advice: Sequence[Advice], asked: Asked) -> list[Advice]:
             beyond.append("memory")
         if asked.slower is not None and one.time > asked.slower:
             beyond.append("time")
-        found.append(Advice(one.rule, one.need, one.time, one.step, " and ".join(beyond)))
+        found.append(replace(one, beyond=" and ".join(beyond)))
     return sorted(found, key=lambda one: bool(one.beyond))

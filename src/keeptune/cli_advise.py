@@ -98,45 +98,57 @@ def advise(
     trained, and of the model only its config is read, unless there is a pilot. The same command
     goes on with a pilot that was stopped.
     """
-    from keeptune.recipe import load_recipe
-
     if pilot and recipe is None:
         raise RecipeError("--pilot trains on your data: give a recipe that names them.")
-    if recipe is None:
-        from keeptune.advising import recipe_of
-
-        if model is None and _asks():
-            model = typer.prompt("Which model: a hub id, a folder, or demo?")
-        if model is None:
-            raise RecipeError("Give a recipe, or --model with a hub id, a folder, or demo.")
-        loaded = recipe_of(model, adapter, kind)
-    else:
-        loaded = load_recipe(recipe, set_ or [])
+    loaded = _loaded(recipe, set_ or [], model, adapter, kind)
     given = {"rows": rows, "private": private, "known": known, "tasks": tasks, "keep": keep}
     asked = _case(loaded, given, memory, slower)
     typer.echo("reading data and counting the model", err=True)
     from keeptune.advising import advise as find
-    from keeptune.advising import recipe_for, sizer_for, sizer_of_model, write_recipes
+    from keeptune.advising import sizer_for, sizer_of_model
 
     sizer = sizer_of_model(loaded, length) if recipe is None else sizer_for(loaded)
     found = find(sizer, asked)[:top]
-    paths: Sequence[Path | None] = [None] * len(found)
-    if write is not None:
-        paths = write_recipes(found, loaded, asked, write)
-    for number, (one, path) in enumerate(zip(found, paths, strict=True), 1):
-        for line in _shown(number, one, path):
-            typer.echo(line)
-    if write is None:
-        from keeptune import yamltext
-
-        typer.echo("\nA recipe for the first one (for all of them: --write DIR):\n")
-        typer.echo(yamltext.write(recipe_for(found[0].rule, loaded, asked)), nl=False)
+    _show(found, loaded, asked, write)
     plain = sizer.need([], max(asked.tasks - 1, 1))
     typer.echo(f"\nPlain training: {_price(plain, 1.0, 1.0)}.", err=True)
     if pilot:
         assert recipe is not None
         size = (rows_each, steps, seeds, jobs)
         _pilot(loaded, found, asked, out or Path("runs") / f"{recipe.stem}-pilot", size)
+
+
+def _loaded(
+    recipe: Path | None, changes: list[str], model: str | None, adapter: str, kind: str
+) -> Recipe:
+    """The recipe, or one to fill in for a model, which is asked for where nothing is given."""
+    if recipe is not None:
+        from keeptune.recipe import load_recipe
+
+        return load_recipe(recipe, changes)
+    from keeptune.advising import recipe_of
+
+    if model is None and _asks():
+        model = typer.prompt("Which model: a hub id, a folder, or demo?")
+    if model is None:
+        raise RecipeError("Give a recipe, or --model with a hub id, a folder, or demo.")
+    return recipe_of(model, adapter, kind)
+
+
+def _show(found: Sequence[Advice], recipe: Recipe, asked: Asked, write: Path | None) -> None:
+    """The short list, with a recipe for each of it in a folder, or for the first one here."""
+    from keeptune import yamltext
+    from keeptune.advising import recipe_for, write_recipes
+
+    paths: Sequence[Path | None] = [None] * len(found)
+    if write is not None:
+        paths = write_recipes(found, recipe, asked, write)
+    for number, (one, path) in enumerate(zip(found, paths, strict=True), 1):
+        for line in _shown(number, one, path):
+            typer.echo(line)
+    if write is None:
+        typer.echo("\nA recipe for the first one (for all of them: --write DIR):\n")
+        typer.echo(yamltext.write(recipe_for(found[0].rule, recipe, asked)), nl=False)
 
 
 # What is asked where no option says it, and what is assumed where nobody can be asked.
