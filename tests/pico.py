@@ -142,6 +142,37 @@ def questions(task: int, n: int) -> list[dict[str, str]]:
     ]
 
 
+def by_heart(
+    home: Path, out: str, guard: str, *, tasks: int = 2, steps: int, **changes: Any
+) -> dict[str, Any]:
+    """A recipe of tasks t0, t1 that are learned by heart, scored by perplexity, with a guard.
+
+    Args:
+        home: Has `tiny`, `t0.jsonl`, `t1.jsonl` and the guard's texts.
+        out: The run folder, in `home`.
+        guard: Name of the file with its texts.
+        tasks: How many of them.
+        steps: Of each.
+        **changes: Further keys, or other values.
+    """
+    names = [str(home / f"t{task}.jsonl") for task in range(tasks)]
+    return {
+        "model": str(home / "tiny"),
+        "adapter": "none",
+        "tasks": [
+            {"name": f"t{i}", "train": n, "eval": n, "recall": True, "score": "perplexity"}
+            for i, n in enumerate(names)
+        ],
+        "guards": [{"name": "old", "text": str(home / guard)}],
+        "trainer": {
+            "max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 0.01,
+            "lr_scheduler_type": "constant",
+        },
+        "out": str(home / out),
+        **changes,
+    }  # fmt: skip
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     """Write rows to a .jsonl file and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -251,24 +251,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def held(home: Path, out: str, **changes: Any) -> Any:
-    names = [str(home / f"t{task}.jsonl") for task in range(2)]
-    return parse_recipe(
-        {
-            "model": str(home / "tiny"),
-            "adapter": "none",
-            "tasks": [
-                {"name": f"t{i}", "train": n, "eval": n, "recall": True, "score": "perplexity"}
-                for i, n in enumerate(names)
-            ],
-            "guards": [{"name": "old", "text": str(home / "old.txt")}],
-            "trainer": {
-                "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 0.01,
-                "lr_scheduler_type": "constant",
-            },
-            "out": str(home / out),
-            **changes,
-        }
-    )  # fmt: skip
+    return parse_recipe(pico.by_heart(home, out, "old.txt", steps=8, **changes))
 
 
 def test_a_run_keeps_its_budget_and_shows_what_it_cost(home: Path) -> None:

@@ -37,24 +37,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def recipe(home: Path, out: str, *, tasks: int = 1, steps: int = 24, **changes: Any) -> Recipe:
-    names = [str(home / f"t{task}.jsonl") for task in range(tasks)]
-    return parse_recipe(
-        {
-            "model": str(home / "tiny"),
-            "adapter": "none",
-            "tasks": [
-                {"name": f"t{i}", "train": n, "eval": n, "recall": True, "score": "perplexity"}
-                for i, n in enumerate(names)
-            ],
-            "guards": [{"name": "old", "text": str(home / "old.jsonl")}],
-            "trainer": {
-                "max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 0.01,
-                "lr_scheduler_type": "constant",
-            },
-            "out": str(home / out),
-            **changes,
-        }
-    )  # fmt: skip
+    return parse_recipe(pico.by_heart(home, out, "old.jsonl", tasks=tasks, steps=steps, **changes))
 
 
 def watch(on_drop: str, **more: Any) -> dict[str, Any]:
