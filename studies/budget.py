@@ -21,7 +21,7 @@ from keeptune.rows import read_rows
 from keeptune.watchlog import frontiers
 from labels import labels
 from lines import Run, Runs, by_method, on, over, paired, points
-from smollm import COMMON, adapter, fitted, summary
+from smollm import COMMON, adapter, fitted, seconds, summary
 from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -99,7 +99,7 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     yield f"{inside} of {len(found)}"
     steps = zip(*(run["steps"] for run in found), strict=True)
     yield ", ".join(f"{mean(taken):.2f}" for taken in steps)
-    yield f"{mean(sum(run['seconds'].values()) for run in found):.0f}"
+    yield seconds(found)
 
 
 if __name__ == "__main__":

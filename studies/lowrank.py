@@ -22,7 +22,18 @@ from keeptune.guards.facts import countries
 from keeptune.rows import Row, read_rows
 from keeptune.stream import Task
 from lines import Run, Runs, by_method
-from smollm import COMMON, COUNTRIES, TRAINERS, adapter, fitted, kept, shares, summary, tasks
+from smollm import (
+    COMMON,
+    COUNTRIES,
+    TRAINERS,
+    adapter,
+    fitted,
+    kept,
+    seconds,
+    shares,
+    summary,
+    tasks,
+)
 from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -100,7 +111,7 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     right = [run["routed"] for run in found if run["routed"] is not None]
     yield f"{100 * sum(right) / len(right):.0f}" if right else ""
     yield f"{median(sum(run['stored_bytes'].values()) for run in found) / 1e6:.1f}"
-    yield f"{median(sum(run['seconds'].values()) for run in found):.0f}"
+    yield seconds(found)
 
 
 if __name__ == "__main__":

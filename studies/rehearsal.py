@@ -21,7 +21,7 @@ from keeptune.guard import Guard
 from keeptune.rows import read_rows
 from labels import labels
 from lines import Run, Runs, by_method
-from smollm import COMMON, adapter, fitted, kept, shares, summary
+from smollm import COMMON, adapter, fitted, kept, seconds, shares, summary
 from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -119,7 +119,7 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     yield f"{first:.1f} → {last:.1f}"
     yield evidence("rows_generated", "rows_replayed")
     yield evidence("texts_written")
-    yield f"{np.median([sum(run['seconds'].values()) for run in found]):.0f}"
+    yield seconds(found)
 
 
 if __name__ == "__main__":

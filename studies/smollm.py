@@ -204,6 +204,11 @@ def shares(found: Runs, plain: Runs) -> Iterator[str]:
     yield points(paired(found, plain, share), signed=True)
 
 
+def seconds(found: Runs) -> str:
+    """What a run took, all phases together."""
+    return f"{median(sum(run['seconds'].values()) for run in found):.0f}"
+
+
 def _cells(found: Runs, plain: Runs) -> Iterator[str]:
     yield from shares(found, plain)
     given = [
@@ -213,7 +218,7 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
         if isinstance(values.get("strength"), float)
     ]
     yield f"{median(given):.3g}" if given else ""
-    yield f"{median(sum(run['seconds'].values()) for run in found):.0f}"
+    yield seconds(found)
 
 
 if __name__ == "__main__":
