@@ -45,6 +45,8 @@ def recipe(root: Path, out: Path, tasks: int) -> Any:
                 "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01,
                 "lr_scheduler_type": "constant",
                 "logging_steps": 1,
+                # In the precision of GPUs, which a resumed run must be in before it trains.
+                "bf16": True,
             },
             "checkpoint_minutes": 0,
             "out": str(out),

@@ -290,14 +290,19 @@ def test_a_run_whose_blocks_take_steps_of_their_own(home: Path) -> None:
     assert learned[1] <= learned[0]
 
 
+@pytest.mark.parametrize("half", [False, True])
 def test_a_budget_that_cannot_be_kept_leaves_the_model_as_it_was(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    half: bool, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also in the precision of training, in which all rows of the matrix are to be scored."""
+
     def worse(self: steering.Steering, probe: Probe) -> Sequence[Example]:
         return [e.model_copy(update={"score": e.score + 0.2}) for e in self._before(probe)]
 
     monkeypatch.setattr(steering.Steering, "_score", worse)
-    none = run(held(home, "none", budget={"old": 0.1}))
+    recipe = held(home, "none", budget={"old": 0.1})
+    recipe.trainer["bf16"] = half
+    none = run(recipe)
     guard = none.matrix("guard")[:, 0]
     assert (guard == guard[0]).all()
     assert [f.mix for f in watchlog.frontiers(none)] == [0.0, 0.0]

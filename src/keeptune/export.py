@@ -232,7 +232,7 @@ class _Probe:
         self.session = session
         self.asked = asked
         self.settings = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-        self.wanted = self._logits(session.model)
+        self.wanted = self._logits(session.trainer.in_float32())
 
     @torch.no_grad()
     def _logits(self, model: Any) -> list[Tensor]:

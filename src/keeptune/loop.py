@@ -75,7 +75,7 @@ class Loop:
         files = self.states / "files"
         session.trainer.files = files if count == 1 else files / str(number)
         # Methods get their states back before the first task, and must meet shards then too.
-        session.model = session.trainer.shard()
+        session.model = session.trainer.ready()
         self.steering: Steering | None = None
         if session.plan.watch is not None or session.plan.budget is not None:
             self.steering = Steering(session, folder, progress, stop)
@@ -281,7 +281,8 @@ class Loop:
         examples: list[Example]
         if isinstance(item, Guard) and rows is None:
             chain.serve(ctx, task)
-            examples = score_lm_eval(model, tokenizer, item, plan.eval_batch_size)
+            with self.session.trainer.computing():
+                examples = score_lm_eval(model, tokenizer, item, plan.eval_batch_size)
             self._tick(len(examples))
         else:
             assert rows is not None

@@ -28,6 +28,11 @@ def peak_memory() -> int:
     return host + sum(torch.cuda.max_memory_allocated(i) for i in devices)
 
 
+def fastest() -> torch.device:
+    """The accelerator, where there is one; else the processor."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def memory() -> int:
     """Bytes of this machine's main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

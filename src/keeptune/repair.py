@@ -30,6 +30,7 @@ from keeptune.evaluate import score_rows
 from keeptune.guard import Guard
 from keeptune.likelihood import context_length
 from keeptune.lines import FEWEST, Line, Probe
+from keeptune.machine import fastest
 from keeptune.progress import Progress
 from keeptune.recipe_parts import BudgetRecipe
 from keeptune.records import Example
@@ -102,6 +103,7 @@ def repair(
     began, chosen = time.monotonic(), _lines(guards, tasks, budget)
     folder = _folder_of(tuned)
     loaded = models.load(base, trust_remote_code=trust_remote_code)
+    loaded.model.to(fastest())
     with ExitStack() as files:
         is_adapter = (folder / ADAPTER).is_file()
         mix: Mix = (

@@ -158,7 +158,7 @@ class Seams(LossTerms):
         # Each task starts from its own random state, so that it does not matter what ran before.
         set_seed(seed)
         self.ctx = Context(
-            model=self.shard(),
+            model=self.ready(),
             task=task,
             index=index,
             dataset=dataset,
@@ -208,16 +208,32 @@ class Seams(LossTerms):
         each = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return int(each * self.args.world_size)
 
-    def shard(self) -> nn.Module:
-        """The model that methods see; where FSDP is wanted, spread over the processes from now on.
+    def ready(self) -> nn.Module:
+        """The model that methods see: in the precision of training, and sharded if FSDP is wanted.
 
-        `train` would shard after `begin_task`, and methods would meet whole weights first and
-        shards later. Sharding twice changes nothing.
+        `train` would see to both after `begin_task`, and methods would meet whole weights in
+        float32 first, and shards in bfloat16 later. Doing it twice changes nothing.
         """
-        if self.is_fsdp_enabled and not isinstance(next(self.model.parameters()), DTensor):
-            self._spread()
+        if self.is_fsdp_enabled:
+            if not isinstance(next(self.model.parameters()), DTensor):
+                self._spread()
+        elif "_original_forward" not in vars(self.model):  # accelerate's mark
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
+
+    def in_float32(self) -> nn.Module:
+        """The model in the precision of its weights, which no training is to follow."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return model
+
+    def computing(self) -> AbstractContextManager[None]:
+        """The precision of training, for whatever a model is asked outside of it.
+
+        A model's own forward has it from `ready` on. `generate` of a PEFT model goes around that.
+        """
+        context: AbstractContextManager[None] = self.accelerator.autocast()
+        return context
 
     def _spread(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -70,18 +70,19 @@ def score_served(
     for served, positions in _by_task(session, ctx, rows, task).items():
         session.chain.serve(ctx, served)
         some = dataclasses.replace(rows, rows=[rows.rows[i] for i in positions])
-        examples = score_rows(
-            session.model,
-            session.tokenizer,
-            some,
-            score,
-            batch_size=plan.eval_batch_size,
-            max_new_tokens=max_new_tokens,
-            max_length=plan.max_length,
-            labels=plan.labels,
-            tick=tick,
-            prompt=prompts,
-        )
+        with session.trainer.computing():
+            examples = score_rows(
+                session.model,
+                session.tokenizer,
+                some,
+                score,
+                batch_size=plan.eval_batch_size,
+                max_new_tokens=max_new_tokens,
+                max_length=plan.max_length,
+                labels=plan.labels,
+                tick=tick,
+                prompt=prompts,
+            )
         for i, example in zip(positions, examples, strict=True):
             found[i] = example.model_copy(update={"id": i})
     return [found[i] for i in range(len(rows))]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from keeptune.head_pass import CHUNK
+from keeptune.machine import fastest
 from keeptune.method import Method
 from keeptune.phantom import WIDE, Batch, Step, count
 from keeptune.prices import PRICES, Case, Price
@@ -270,7 +271,7 @@ def measure_speed(case: Case, clock: Callable[[], float] = time.perf_counter) ->
     of a head's tile, which the system gives page by page, as it does in a step.
     """
     tokens = case.batch.rows * case.batch.length
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = fastest()
     kind = torch.bfloat16 if case.batch.half else torch.float32
     wide = max(int(case.step.largest / case.hidden / 4), 1)
     states = torch.ones(tokens, case.hidden, device=device, dtype=kind)

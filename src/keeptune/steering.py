@@ -210,16 +210,17 @@ class Steering:
 
     def _score(self, probe: Probe) -> Sequence[Example]:
         plan = self.session.plan
-        return score_rows(
-            self.session.model,
-            self.session.tokenizer,
-            probe.rows,
-            probe.item.score,
-            batch_size=plan.eval_batch_size,
-            max_new_tokens=probe.item.max_new_tokens,
-            max_length=plan.max_length,
-            labels=plan.labels,
-        )
+        with self.session.trainer.computing():
+            return score_rows(
+                self.session.model,
+                self.session.tokenizer,
+                probe.rows,
+                probe.item.score,
+                batch_size=plan.eval_batch_size,
+                max_new_tokens=probe.item.max_new_tokens,
+                max_length=plan.max_length,
+                labels=plan.labels,
+            )
 
     def _tell(self, look: Look) -> None:
         self.progress.advance(look.step, **{f"{p.name}_{p.unit}": p.score for p in look.points})

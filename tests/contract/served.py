@@ -53,7 +53,7 @@ def logits(trainer: Any) -> Tensor:
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
     every = [row["input_ids"] for task in range(stage.TASKS) for row in stage.rows(task)]
-    return model.eval()(input_ids=torch.tensor(every)).logits.clone()
+    return stage.asked_of(model.eval(), every).clone()
 
 
 def exported(trainer: Any, folder: Path) -> tuple[Tensor, bool]:

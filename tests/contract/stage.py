@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "optim": "sgd",
     "learning_rate": 0.1,
     "lr_scheduler_type": "constant",
+    "bf16": False,  # a GPU's default, in which equal and nearly equal are one
     "max_steps": STEPS,
     "output_dir": tempfile.gettempdir(),
 }
@@ -179,6 +180,7 @@ def _surroundings(parameters: list[nn.Parameter], modules: list[nn.Module]) -> d
         "requires_grad": [p.requires_grad for p in parameters],
         "train mode": [m.training for m in modules],
         "torch's global random numbers": torch.get_rng_state().numpy().tobytes(),
+        "the GPUs' random numbers": [s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()],
         "numpy's global random numbers": (name, np.asarray(keys).tobytes(), *rest),
         "Python's global random numbers": random.getstate(),
     }
@@ -281,9 +283,15 @@ def answers(trainer: TextTrainer | ClassifierTrainer) -> Tensor:
     if isinstance(trainer, TextTrainer):
         asked = [trainer.strategy.prompt(trainer.ctx, ids, 100) for ids in every]
         if asked != every:
-            logits = [model(input_ids=torch.tensor([ids])).logits[:, -LENGTH:] for ids in asked]
+            logits = [asked_of(model, [ids])[:, -LENGTH:] for ids in asked]
             return torch.cat(logits)
-    return model(input_ids=torch.tensor(every)).logits
+    return asked_of(model, every)
+
+
+def asked_of(model: Any, ids: list[list[int]]) -> Tensor:
+    """[rows, L, V] or [rows, C]: logits of questions of one length."""
+    logits: Tensor = model(input_ids=torch.tensor(ids, device=model.device)).logits
+    return logits
 
 
 def context(trainer: Any, task: int) -> Context:
