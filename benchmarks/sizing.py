@@ -67,9 +67,9 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.steps.append(time.process_time() - self.began)
 
 
-def rows(vocabulary: int, count: int, seed: int) -> Dataset:
+def rows(vocabulary: int, count: int, seed: int, length: int = LENGTH) -> Dataset:
     random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(10, vocabulary, (count, LENGTH), generator=random).tolist()
+    ids = torch.randint(10, vocabulary, (count, length), generator=random).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 

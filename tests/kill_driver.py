@@ -47,6 +47,7 @@ def recipe(root: Path, out: Path, tasks: int) -> Any:
                 "logging_steps": 1,
                 # In the precision of GPUs, which a resumed run must be in before it trains.
                 "bf16": True,
+                "full_determinism": True,  # or a GPU adds in another order each time
             },
             "checkpoint_minutes": 0,
             "out": str(out),

@@ -74,4 +74,5 @@ def exported(trainer: Any, folder: Path) -> tuple[Tensor, bool]:
         export.write_model(model, str(folder / "base"), folder)
     kind: Any = "adapter" if (folder / "adapter_config.json").exists() else "model"
     again = export.load_model(folder, kind, classes=classes, dtype=torch.float32)
+    again.to(model.device)
     return _logits(again), not (kind == "model" and hasattr(model, "peft_config"))

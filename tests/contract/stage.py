@@ -80,6 +80,7 @@ class Seen:
         disturbed: What a verb left otherwise than it found it, in words.
         memory: (when, bytes declared, bytes in `state()`, bytes held in attributes) per method.
         base_moved: Whether weights that are not trained moved.
+        strided: Tensors in `state()` that are laid out otherwise than they are when loaded.
     """
 
     weights: list[dict[str, Tensor]] = field(default_factory=list)
@@ -88,6 +89,7 @@ class Seen:
     disturbed: list[str] = field(default_factory=list)
     memory: list[tuple[str, int, int, int]] = field(default_factory=list)
     base_moved: bool = False
+    strided: set[str] = field(default_factory=set)
 
 
 @cache
@@ -167,7 +169,9 @@ class Watched(Chain):
     def weigh(self, when: str, ctx: Context) -> None:
         """Note the declared and the measured memory."""
         for method in self.methods:
-            kept = sum(t.nbytes for t in method.state().tensors.values())
+            tensors = method.state().tensors
+            kept = sum(t.nbytes for t in tensors.values())
+            self.seen.strided |= {name for name, t in tensors.items() if not t.is_contiguous()}
             held = _held(method.__pydantic_private__, set())
             self.seen.memory.append(
                 (f"{when} task {ctx.index}", method.declared_bytes(ctx), kept, held)

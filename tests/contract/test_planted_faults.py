@@ -303,6 +303,15 @@ class LosesPath(SI):
         return State(named, kept.values)
 
 
+class KeepsColumns(WiSE):
+    """Keeps its weights column by column, and gets them back row by row."""
+
+    def begin_task(self, ctx: Context) -> None:
+        super().begin_task(ctx)
+        for name, weight in self._before.items():
+            self._before[name] = weight.T.contiguous().T if weight.dim() == 2 else weight
+
+
 class LosesCount(Partner):
     """Its evidence counts the steps, and the count is not saved."""
 
@@ -326,6 +335,7 @@ class LosesCount(Partner):
         (LosesBefore, "another end"),
         (LosesPath, "other evidence"),
         (LosesCount, "other evidence"),
+        (KeepsColumns, "lays these out anew"),
     ],
 )
 def test_5_does_not_go_on_inside_a_task(cls: type[Method], words: str, tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def strongest(weight: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular triples: U [out, k], Σ [k] and V [in, k], k = ⌊share · min(out, in)⌋."""
     u, s, vh = torch.linalg.svd(wide(weight), full_matrices=False)
     k = int(share * len(s))
-    return u[:, :k].clone(), s[:k].clone(), vh[:k].T.clone()
+    # Laid out as they are when loaded: a GPU rounds products with a transposed matrix otherwise.
+    u, s, v = (t.clone(memory_format=torch.contiguous_format) for t in (u[:, :k], s[:k], vh[:k].T))
+    return u, s, v
 
 
 def old_directions(ctx: Context, share: float) -> Iterator[tuple[str, Old]]:

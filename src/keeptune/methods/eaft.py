@@ -85,7 +85,7 @@ class EAFT(Method):
                 found.append(torch.stack([top_entropy(logits, self.top_k), p]))
         reshard(ctx.model)
         values = torch.cat(found, 1).sort(1).values
-        return values[:, int(self.mask * values.shape[1])]
+        return values[:, int(self.mask * values.shape[1])].clone()  # the others are let go
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
         """What the weights add to the trainer's own loss of one micro batch."""
