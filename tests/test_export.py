@@ -61,9 +61,8 @@ def served(folder: RunFolder, task: str | None, ids: list[Ids]) -> list[torch.Te
     session.chain.serve(session.context(done - 1), task)
     session.model.eval()
     with torch.no_grad():
-        model: Any = session.trainer.in_float32()
-        rows = [torch.tensor([row], device=model.device) for row in ids]
-        return [model(input_ids=row).logits.cpu() for row in rows]
+        model: Any = session.trainer.in_float32().cpu()  # where the export is loaded
+        return [model(input_ids=torch.tensor([row])).logits for row in ids]
 
 
 @torch.no_grad()
