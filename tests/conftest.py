@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from typing import Any
@@ -15,9 +16,12 @@ os.environ.update(
 
 import pytest
 import torch
+from accelerate.utils import imports
 from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)
+# Accelerate looks through the installed packages at each training, a twentieth of a tiny one.
+imports._is_package_available = functools.cache(imports._is_package_available)
 if torch.cuda.is_available():
     # Or sums come out in another order each time, and no two runs agree to the last bit.
     torch.use_deterministic_algorithms(True)
