@@ -26,7 +26,7 @@ from stages import study
 
 PAGE = Path(__file__).with_suffix(".md")
 
-TASKS, EVAL, ALLOWED, RATE = 3, 120, 10.0, 4e-3
+TASKS, EVAL, ALLOWED, RATE = 3, 60, 10.0, 4e-3
 BUDGET = {"facts": ALLOWED, "past_tasks": ALLOWED}
 REPLAY: dict[str, dict[str, Any]] = {"replay": {"ratio": 0.2}}
 SETTINGS: dict[str, dict[str, Any]] = {
