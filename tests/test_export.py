@@ -105,7 +105,12 @@ def own_scores(folder: RunFolder, row: int, task: int) -> list[tuple[str, float]
 @pytest.mark.parametrize("methods", [[], ["wise", {"ewc": {"strength": 10}}]])
 def test_all_weights_are_the_runs_bit_for_bit(home: Path, methods: list[Any]) -> None:
     folder = run(recipe(home, methods=methods))
+    file, text = folder.path / "recipe.yaml", (folder.path / "recipe.yaml").read_text()
+    # As if FSDP had spread the model over several processes.
+    assert "trainer:\n" in text
+    file.write_text(text.replace("trainer:\n", "trainer:\n  fsdp: true\n"))
     done = export(folder.path, home / "out")
+    file.write_text(text)
     assert (done.kind, done.is_merged) == ("model", False)
     got = alone("AutoModelForCausalLM", done.path, asked(0))
     for one, other in zip(got, served(folder, None, asked(0)), strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 import pico
@@ -326,15 +327,26 @@ def test_classes_and_strict_privacy_are_measured(home: Path) -> None:
     assert "case" not in (folder.path / "noise.json").read_text()
 
 
+def spread_over_two(folder: Any) -> None:
+    """Write into the recipe that FSDP spread the model, as `torchrun` would have run it."""
+    file = folder.path / "recipe.yaml"
+    given = yaml.safe_load(file.read_text())
+    given["trainer"]["fsdp"] = True
+    file.write_text(yaml.safe_dump(given))
+
+
 def test_a_run_of_several_processes_has_as_many_rows_in_a_step(home: Path) -> None:
     folder = run(recipe(home, count=1))
     provenance = folder.info.provenance | {"processes": 2}
     folder.info = folder.info.model_copy(update={"provenance": provenance})
     folder.save_info()
+    spread_over_two(folder)
     engine = Engine()
     done = noise_of(folder.path, 1, engine)
     (other,) = done.seeds_in.iterdir()
-    assert "gradient_accumulation_steps: 2" in (other / "recipe.yaml").read_text()
+    text = (other / "recipe.yaml").read_text()
+    assert "gradient_accumulation_steps: 2" in text
+    assert "fsdp" not in text
 
 
 def test_what_cannot_be_measured_is_said(home: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_wrong_setting_is_refused() -> None:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Another package is installed that brings four methods, three of them broken."""
+    """Another package is installed that brings methods, all but one of them broken."""
     points = [
         EntryPoint(name, value, registry.GROUP)
         for name, value in {
@@ -69,6 +69,7 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "renamed": "test_registry:Renamed",
             "number": "test_registry:not_a_method",
             "ewc": "test_registry:Mine",
+            "alias": "test_registry:Mine",
         }.items()
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
@@ -102,6 +103,12 @@ def test_a_broken_package_is_named(name: str) -> None:
 def test_what_is_no_method_is_refused() -> None:
     with pytest.raises(MethodError, match=r"'number' .* is not a keeptune Method"):
         registry.get("number")
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_name_that_only_recipes_would_know_is_refused() -> None:
+    with pytest.raises(MethodError, match=r"'alias' .* called 'mine' everywhere else"):
+        registry.get("alias")
 
 
 def test_every_own_method_is_exported_under_its_class_name() -> None:

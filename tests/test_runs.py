@@ -297,6 +297,10 @@ def test_a_step_that_cannot_be_counted_is_said_and_is_no_problem(
     assert "memory    It cannot be counted." in found.lines
 
 
+def test_a_recipe_for_several_processes_is_checked_by_one(home: Path) -> None:
+    assert not inspect(recipe(home, trainer={**TRAINER, "fsdp": True})).problems
+
+
 # -- bad input: one sentence, nothing written ---------------------------------------------------
 
 

@@ -32,7 +32,7 @@ from keeptune.progress import Silent
 from keeptune.recipe import load_recipe
 from keeptune.runs import quiet, refuse_objects
 from keeptune.serving import questions
-from keeptune.session import Session, open_session, read_plan
+from keeptune.session import Session, in_one_process, open_session, read_plan
 
 PROBES = 4  # questions of each task by which an export is compared
 ROUNDING = 1e-4  # how far merging an adapter may move a logit, as a share of the largest
@@ -77,7 +77,7 @@ def export(path: Path, out: Path, *, task: str | None = None, merged: bool = Fal
     recipe = load_recipe(folder.path / "recipe.yaml")
     # A run at work in the folder keeps files there, which loading its state would clear away.
     with locked(folder.path), quiet():
-        session = open_session(read_plan(recipe))
+        session = open_session(read_plan(in_one_process(recipe)))
         done = Loop(session, folder, Silent(), Event()).load_last_state()
         learned = [item.name for item in session.plan.stream][:done]
         _refuse_task(folder, task, learned)

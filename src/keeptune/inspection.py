@@ -10,7 +10,7 @@ from keeptune.errors import KeeptuneError, ModelError
 from keeptune.method import Method
 from keeptune.recipe import Recipe
 from keeptune.runs import quiet
-from keeptune.session import Session, open_session, read_plan
+from keeptune.session import Session, in_one_process, open_session, read_plan
 from keeptune.sizing import DEVICES, Sizer, measure_speed
 
 GIB = 2**30
@@ -34,7 +34,7 @@ def inspect(recipe: Recipe) -> Inspection:
     found = Inspection()
     try:
         with quiet():
-            session = open_session(read_plan(recipe))
+            session = open_session(read_plan(in_one_process(recipe)))
     except KeeptuneError as error:
         found.problems = str(error).splitlines()
         return found

@@ -33,7 +33,7 @@ from keeptune.recipe import Recipe, load_recipe
 from keeptune.records import Kind, Measure, Noise, Spread, Unit
 from keeptune.results import Column, Results, load
 from keeptune.runs import DIVISION, quiet, refuse_objects
-from keeptune.session import Session, open_session, read_plan
+from keeptune.session import Session, in_one_process, open_session, read_plan
 from keeptune.strategies import strategy_of
 from keeptune.stream import Task
 from keeptune.units import UNITS
@@ -82,7 +82,7 @@ def measure(
             f"{path} is not finished (status: {folder.info.status}), so its noise cannot be "
             "measured. Finish it with `keeptune run RECIPE --resume`."
         )
-    recipe = load_recipe(folder.path / "recipe.yaml")
+    recipe = in_one_process(load_recipe(folder.path / "recipe.yaml"))
     # A run at work in the folder keeps files there, which loading its state would clear away.
     with locked(folder.path), quiet():
         session = open_session(read_plan(recipe))

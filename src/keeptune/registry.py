@@ -72,9 +72,14 @@ def _load_foreign(entry: EntryPoint) -> type[Method]:
             f"The method {entry.name!r} of another package ({entry.value}) cannot be loaded: "
             f"{error}. Repair or uninstall that package."
         ) from error
-    if isinstance(cls, type) and issubclass(cls, Method):
-        return cls
-    raise MethodError(f"The method {entry.name!r} ({entry.value}) is not a keeptune Method.")
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise MethodError(f"The method {entry.name!r} ({entry.value}) is not a keeptune Method.")
+    if cls.name() != entry.name:
+        raise MethodError(
+            f"The entry point {entry.name!r} ({entry.value}) is of a method that is called "
+            f"{cls.name()!r} everywhere else. Give the entry point that name."
+        )
+    return cls
 
 
 def build(name: str, settings: dict[str, Any] | None = None) -> Method:

@@ -284,6 +284,12 @@ def adapter_config(recipe: Recipe) -> Any:
     return config(**settings, task_type=kind)
 
 
+def in_one_process(recipe: Recipe) -> Recipe:
+    """The recipe for one process: without FSDP, which spreads a model and changes no answer."""
+    kept = {k: v for k, v in recipe.trainer.items() if k not in ("fsdp", "fsdp_config")}
+    return recipe.model_copy(update={"trainer": kept})
+
+
 # -- dressed for training -------------------------------------------------------------------------
 
 
