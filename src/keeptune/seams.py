@@ -217,8 +217,8 @@ class Seams(LossTerms):
         if self.is_fsdp_enabled:
             if not isinstance(next(self.model.parameters()), DTensor):
                 self._spread()
-        elif "_original_forward" not in vars(self.model):  # accelerate's mark
-            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+        elif self.accelerator.native_amp and not self.args.torch_compile:
+            self._in_half()
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
@@ -234,6 +234,13 @@ class Seams(LossTerms):
         """
         context: AbstractContextManager[None] = self.accelerator.autocast()
         return context
+
+    def _in_half(self) -> None:
+        """Let the model's forward compute in half precision, as `train` would."""
+        if "_original_forward" not in vars(self.model):  # accelerate's mark of that
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            # Or accelerate would take it as prepared for training, and leave out DDP.
+            del self.model._is_accelerate_prepared
 
     def _spread(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]
