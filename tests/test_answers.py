@@ -240,3 +240,19 @@ def test_a_head_that_is_not_called_gives_logits() -> None:
     logits = torch.randn(1, 3, 16)
     keep = torch.ones(1, 3, dtype=torch.bool)
     assert read(model, lambda: SimpleNamespace(logits=logits), keep).head is None
+
+
+def test_small_gradients_of_float16_are_not_lost() -> None:
+    """Each is a probability over thousands of answers, and no loss scale has reached it yet."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 8, generator=g), torch.randn(4096, 8, generator=g) / 4
+    labels = torch.randint(4096, (64,), generator=g)
+    found = []
+    for kind in (torch.float32, torch.float16):
+        inputs = [t.detach().clone().to(kind).requires_grad_() for t in (hidden, weight)]
+        answers = Answers(inputs[0], Head(inputs[1], None, 1.0, math.inf))
+        value = total(answers, labels, torch.full((64,), 1 / 4096))
+        (65536 * value).backward()
+        found.append([t.grad.float() for t in inputs])
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() < 2e-3 * want.norm()

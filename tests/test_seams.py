@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import pico
-from keeptune.errors import DataError, MethodError, TrainingError
+from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
 from keeptune.head_pass import CrossEntropy
 from keeptune.method import Context, Method
 from keeptune.methods.der_pp import DERpp
@@ -300,6 +300,46 @@ def test_fp16_gradients_are_edited_at_their_scale(tmp_path: Any) -> None:
     finally:
         trainer.accelerator.state._reset_state(reset_partial_state=True)
     assert same(flat(model), by_hand(pull=PULL))
+
+
+def test_each_task_begins_with_the_same_loss_scale(tmp_path: Any) -> None:
+    """So that a run resumed between two tasks goes on as one that was never stopped."""
+    trainer = own_trainer(tmp_path, [], save_strategy="no")
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scales = []
+    trainer.add_callback(Noted(lambda: scales.append(scaler.get_scale())))
+    for task in "ab":
+        trainer.learn(task, rows())
+        scaler.update(8.0)
+    assert scales == [1024.0, 1024.0]
+
+
+class Noted(TrainerCallback):  # type: ignore[misc]
+    """Calls a function when training begins."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.call()
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path: Any) -> None:
+    arguments = TrainingArguments(**settings(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 2
+    with pytest.raises(RecipeError, match=r"sees 2 GPUs.*torchrun --nproc_per_node 2"):
+        Plain(pico.causal_lm(), arguments, train_dataset=rows(), methods=[])
+
+
+class Plain(Seams, Trainer):
+    """Another trainer of a user's own."""
+
+
+def test_what_a_tasks_end_does_has_the_optimizers_memory(tmp_path: Any) -> None:
+    trainer = own_trainer(tmp_path, [], save_strategy="no")
+    trainer.learn("a", rows())
+    assert trainer.optimizer is None
+    assert not trainer.accelerator._optimizers
 
 
 def test_classifiers_train_through_the_same_seam(tmp_path: Any) -> None:

@@ -259,3 +259,13 @@ def test_accumulated_gradients_are_there_when_the_next_batch_begins() -> None:
         for n in (1, 2)
     )
     assert more > once
+
+
+@pytest.mark.parametrize(("kind", "half"), [("causal_lm", True), ("classification", False)])
+def test_on_a_gpu_each_kind_is_sized_for_its_own_trainers_defaults(
+    kind: str, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model: Any = pico.classifier() if kind == "classification" else pico.causal_lm()
+    batch = Sizer(model.config, None, {}, kind=kind).case.batch
+    assert (batch.half, batch.recompute) == (half, half)

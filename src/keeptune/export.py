@@ -251,9 +251,9 @@ class _Probe:
             MethodError: It does not.
         """
         classes = self.session.plan.kind == "classification"
-        again = load_model(files, kind, classes=classes, **self.settings).to(
-            next(self.session.model.parameters()).device
-        )
+        device = next(self.session.model.parameters()).device
+        self.session.model.cpu()  # it has answered, and two may be more than a GPU holds
+        again = load_model(files, kind, classes=classes, **self.settings).to(device)
         pairs = list(zip(self._logits(again), self.wanted, strict=True))
         apart = max(float((got - want).abs().max()) for got, want in pairs)
         allowed = 0.0 if exact else ROUNDING * max(float(want.abs().max()) for _, want in pairs)

@@ -194,6 +194,7 @@ class _Pass(torch.autograd.Function):
         of_b = _zeros_if(of_bias, bias, wide)
         work.values = [values.new_zeros(len(values), dtype=wide) for _ in work.terms]
         cast = None if weight is None else weight.to(values.dtype)
+        lift = _lift(values, work)
         for span in work.chunks():
             logits = work.answers.logits(span)
             slope = None
@@ -210,6 +211,8 @@ class _Pass(torch.autograd.Function):
                 logits.mul_(head.scale)
             if of_b is not None:
                 of_b += logits.sum(0)
+            if lift != 1:
+                logits.mul_(lift)
             gradient = logits.to(values.dtype)
             if room is not None:
                 room[span] = gradient @ cast
@@ -218,6 +221,10 @@ class _Pass(torch.autograd.Function):
             elif own is not None:
                 own += gradient.T @ values[span]
             del logits, gradient  # or the next chunk's would be there beside this one's
+        if lift != 1 and cast is not None:
+            for lifted in (room, own):
+                if lifted is not None:
+                    lifted.div_(lift)
         ctx.found = [room, own, of_b]
         ctx.types = [None if t is None else t.dtype for t in (values, weight, bias)]
         pairs = zip(work.values, work.terms, strict=True)
@@ -229,6 +236,19 @@ class _Pass(torch.autograd.Function):
         found, ctx.found = ctx.found, None  # scaled in place, so good for once
         pairs = zip(found, ctx.types, strict=True)
         return (*(t if t is None else t.mul_(gradients[0]).to(kind) for t, kind in pairs), None)
+
+
+def _lift(values: Tensor, work: Work) -> float:
+    """What float16's gradients of logits are made larger by, a power of two; else 1.
+
+    Each is a probability times a weight, in a step of thousands of answers mostly less than the
+    smallest float16, and no loss scale has reached them yet. Four bits are left free above them,
+    since what they are multiplied with has a range too.
+    """
+    if values.dtype != torch.float16:
+        return 1.0
+    largest = max((float(w.abs().max()) for _, w in work.terms if len(w)), default=0.0)
+    return max(1.0, 2.0 ** -math.ceil(math.log2(16 * largest))) if largest else 1.0
 
 
 def in_32_bits(values: Tensor) -> torch.dtype:

@@ -92,7 +92,7 @@ def load(model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = Fa
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     common = {"gguf_file": place.gguf, "trust_remote_code": trust_remote_code}
     with _hushed(), _explained(model, place), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **common)
         loaded, info = kind.from_pretrained(
             place.path, **common, **settings, output_loading_info=True

@@ -70,6 +70,8 @@ class Seams(LossTerms):
         self.end_task_seconds = 0.0
         self.files: Path | None = None  # where methods may keep files
         self.overseer: Overseer | None = None
+        self._first_scale: dict[str, Any] = {}
+        self._require_one_gpu()
         self._require_gradients()
         self._require_adapter()
         self._require_classifier()
@@ -109,6 +111,15 @@ class Seams(LossTerms):
             raise MethodError(
                 f"The method {who[0]!r} needs a sequence classifier, but {type(base).__name__} is "
                 "a language model. Set `kind: classification` in the recipe, or remove the method."
+            )
+
+    def _require_one_gpu(self) -> None:
+        if self.args.n_gpu > 1:
+            raise RecipeError(
+                f"This process sees {self.args.n_gpu} GPUs, over which transformers would copy the "
+                "model at each step, and methods would not meet the copies. Start one process for "
+                f"each (`torchrun --nproc_per_node {self.args.n_gpu} ...`), or set "
+                "CUDA_VISIBLE_DEVICES=0."
             )
 
     def _require_order(self) -> None:
@@ -181,12 +192,16 @@ class Seams(LossTerms):
         self.train_dataset = self.strategy.data(self.ctx, dataset.select_columns(prepared))
         if resume:
             self._restore(Path(resume))
-        # Adam's moments of the last task must not leak into this one.
+        # Adam's moments of the last task must not leak into this one, nor its loss scale.
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
+        if (scaler := self.accelerator.scaler) is not None:
+            self._first_scale = self._first_scale or scaler.state_dict()
+            scaler.load_state_dict(self._first_scale)
         output = None
         if not (resume and self._is_trained(Path(resume))):
             output = super().train(resume_from_checkpoint=str(resume) if resume else None)
+        self._let_go_of_the_optimizer()
         if self.overseer is not None:
             self.overseer.end(self.ctx)
         ended = time.monotonic()
@@ -194,6 +209,12 @@ class Seams(LossTerms):
         self.end_task_seconds = time.monotonic() - ended
         self.tasks_learned = index + 1
         return output
+
+    def _let_go_of_the_optimizer(self) -> None:
+        """Adam's moments are twice the weights, and what a task's end does needs memory too."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.accelerator.free_memory()
 
     def _is_trained(self, checkpoint: Path) -> bool:
         """Whether a checkpoint was taken at the last step.

@@ -339,9 +339,9 @@ def dress(model: nn.Module, adapter: Any, seed: int) -> nn.Module:
         return model.float().requires_grad_(True)
     if isinstance(model, peft.PeftModel):
         raise RecipeError("The model has an adapter already; leave `adapter` out, or give a base.")
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft 0.21 asks transformers 5 by a name that transformers is about to retire.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # adapters are drawn on the CPU
         dressed: nn.Module = peft.get_peft_model(model, adapter)
         return dressed

@@ -196,7 +196,8 @@ class Sizer:
         answers: float = 64.0,
     ) -> None:
         self._model = (config, adapter, kind)
-        on_gpu = torch.cuda.is_available()  # what TRL chooses there
+        # What TRL chooses there; transformers, which trains classifiers, does not.
+        on_gpu = torch.cuda.is_available() and kind != "classification"
         recompute = settings.get("gradient_checkpointing", on_gpu)
         batch = Batch(
             rows=settings.get("per_device_train_batch_size", 8),

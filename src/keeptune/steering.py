@@ -127,8 +127,9 @@ class Steering:
         self.session.chain.hold(1.0)  # until a look says otherwise
         self._before = Earlier(self.folder)
         goes_back = plan.watch is not None and plan.watch.on_drop == "rollback"
-        self._old = snapshot(ctx.trainable()) if goes_back or plan.budget is not None else {}
-        self._good = self._old
+        kept = snapshot(ctx.trainable()) if goes_back or plan.budget is not None else {}
+        self._old = kept if plan.budget is not None else {}
+        self._good = kept
         if plan.watch is not None:
             chosen = lines.watched(
                 plan.watch, plan.budget, plan.stream, plan.guards, ctx.index, plan.seed

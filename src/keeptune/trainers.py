@@ -239,6 +239,8 @@ def build_trainer(
             arguments = SFTConfig(**{**own, "max_length": None, **settings})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"trainer: {error}") from error
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or transformers would copy the model to all of them at each step
     trainer_class = ClassifierTrainer if kind == "classification" else TextTrainer
     if arguments.world_size != launched():
         raise RecipeError(

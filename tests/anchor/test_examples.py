@@ -256,6 +256,35 @@ def test_the_batch_size_changes_nothing(objective: Any, power: Power) -> None:
         torch.testing.assert_close(few[name] + rest[name], values, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_where_memory_is_short_fewer_rows_are_taken_at_a_time(most: int) -> None:
+    ctx = stage(pico.causal_lm().double(), texts())
+    weights, sizes = every_weight(ctx.model), []
+
+    def hungry(batch: Any, logits: Tensor, rows: Any) -> Any:
+        sizes.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return log_likelihood(batch, logits, rows)
+
+    got, how = example_sums(ctx, weights, ROWS, hungry, "square", batch=8)
+    want, _ = example_sums(ctx, weights, ROWS, log_likelihood, "square", batch=8)
+    assert how == "hooks"
+    assert max(sizes) > most
+    for name, values in want.items():
+        torch.testing.assert_close(got[name], values, rtol=1e-6, atol=1e-12)
+
+
+def test_one_row_that_does_not_fit_is_no_rows_fault() -> None:
+    ctx = stage(pico.causal_lm(), texts())
+
+    def starved(batch: Any, logits: Tensor, rows: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        example_sums(ctx, every_weight(ctx.model), ROWS, starved, "square")
+
+
 def test_the_batch_size_changes_nothing_in_float32_either() -> None:
     ctx = stage(pico.causal_lm(), texts())
     weights = every_weight(ctx.model)

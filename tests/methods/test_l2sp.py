@@ -127,6 +127,18 @@ def test_decoupled_by_hand() -> None:
     torch.testing.assert_close(model.weight.detach(), tensor(1.7, -1.0)[None])
 
 
+def test_decoupled_of_weights_in_bfloat16() -> None:
+    method = L2SP(strength=3, decoupled=True)
+    model = Softmax([[1.0, -1.0]]).bfloat16()
+    ctx = context(model, learning_rate=0.1, step=1)
+    method.begin_task(ctx)
+    put(model, 2.0, -1.0)
+    model.weight.grad = torch.ones_like(model.weight)
+    method.gradients(ctx)
+    method.after_step(ctx)
+    assert torch.equal(model.weight.detach(), torch.tensor([[1.7, -1.0]], dtype=torch.bfloat16))
+
+
 def test_decoupled_towards_0_is_adamws_weight_decay() -> None:
     ends = []
     for pull, decay in ((0.4, 0.0), (0.0, 0.4)):

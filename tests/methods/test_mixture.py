@@ -77,6 +77,14 @@ def test_shares_by_hand() -> None:
     torch.testing.assert_close(hot(torch.tensor([5.0, 5.0])), torch.tensor([share, 1 - share]))
 
 
+def test_shares_are_not_of_half_precision_in_mixed_training() -> None:
+    gate = Gate(temperature=1.0)
+    # Of 700, bfloat16 tells apart steps of 4.
+    gate.learned(torch.tensor([[700.0, 0.0], [700.0, 0.0]]), torch.tensor([0.0, math.log(3)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gate(torch.tensor([5.0, 5.0])), torch.tensor([0.25, 0.75]))
+
+
 def test_a_large_token_is_leveled() -> None:
     token = torch.tensor([[3.0, -4.0], [3000.0, -4000.0]])
     torch.testing.assert_close(level(token)[0], level(token)[1])

@@ -85,4 +85,4 @@ class L2SP(Anchored):
         for span in weights.spans(name):
             anchor, _ = self._block(name, span, value.device)
             # Not beyond the anchor, however hard it is to hold.
-            value[span].lerp_(anchor, min(learning_rate * self._strength, 1.0))
+            value[span].lerp_(anchor.to(value.dtype), min(learning_rate * self._strength, 1.0))

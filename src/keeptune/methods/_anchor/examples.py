@@ -211,20 +211,37 @@ class _Pass:
             hooks = ExampleHooks(self.ctx.model, by_weight, power)
             # The longest and the shortest row: the second is padded.
             probe = [rows[0], rows[-1]][: min(batch, len(rows))] if rows else []
-            self._run(hooks, probe, batch)
+            batch = self._run(sums, hooks, probe, batch)
             if not self._agrees(sums, probe, power, hooks.rounding):
                 return None
-            self._run(hooks, rows, batch)
+            self._run(sums, hooks, rows, batch)
         except Uncovered:
             return None
         return sums
 
-    def _run(self, hooks: ExampleHooks, rows: Sequence[int], batch: int) -> None:
+    def _run(self, sums: Sums, hooks: ExampleHooks, rows: Sequence[int], batch: int) -> int:
+        """Add to sums of zeros; fewer rows at a time where memory is short. Returns how many."""
+        while not self._fits(hooks, rows, batch):
+            # The longest rows come first, so little is done twice.
+            batch //= 2
+            for values in sums.values():
+                values.zero_()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return batch
+
+    def _fits(self, hooks: ExampleHooks, rows: Sequence[int], batch: int) -> bool:
         with undisturbed(self.ctx, {}), hooks:
-            for begin in range(0, len(rows), batch):
-                chunk = rows[begin : begin + batch]
-                for total, again in self.totals(chunk, hooks):
-                    hooks.backward(total, again=again)
+            try:
+                for begin in range(0, len(rows), batch):
+                    chunk = rows[begin : begin + batch]
+                    for total, again in self.totals(chunk, hooks):
+                        hooks.backward(total, again=again)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                return False
+        return True
 
     def _agrees(self, sums: Sums, rows: Sequence[int], power: Power, rounding: float) -> bool:
         """Whether the sums are those of plain autograd over these rows; leaves zeros.

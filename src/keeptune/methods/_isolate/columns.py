@@ -92,7 +92,7 @@ class Columns(nn.Module):
         """Add a column that says nothing yet, drawn from the seed and the task alone."""
         seed = int(ctx.random("column").integers(2**31))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             column = Column(self.depth, self.width, self.rank, len(self.columns))
         self.columns.append(column.to(ctx.device))
         return column

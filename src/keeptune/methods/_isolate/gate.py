@@ -85,7 +85,9 @@ class Gate(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """The shares of tokens: [..., D] to [..., T]."""
-        scores = level(values) @ self.keys.T + self.offsets
+        # Small differences of large numbers, of which half precision would leave nothing.
+        with torch.autocast(values.device.type, enabled=False):
+            scores = level(values) @ self.keys.T + self.offsets
         return (scores / self.temperature).softmax(-1)
 
     def _read(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
