@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,13 +63,19 @@ class Answers:
         """Spans of answers; so many [chunk, V] fit into the room that is set."""
         return spans(len(self), self.vocabulary, self.values.device, parts)
 
+    @cached_property
+    def weight(self) -> Tensor | None:
+        """The head's [V, d] in the type of the hidden states; cast once, since V is large."""
+        return None if self.head is None else self.head.weight.detach().to(self.values.dtype)
+
     @torch.no_grad()
     def logits(self, span: slice) -> Tensor:
         """Logits of some answers: [n, V] in float32 at least, memory of their own."""
         values = self.values[span]
         if self.head is None:
             return values.to(in_32_bits(values), copy=True)
-        found = values @ self.head.weight.to(values.dtype).T
+        assert self.weight is not None
+        found = values @ self.weight.T
         if self.head.bias is not None:
             found += self.head.bias.to(values.dtype)
         found = found.to(in_32_bits(found))

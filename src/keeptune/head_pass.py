@@ -193,7 +193,7 @@ class _Pass(torch.autograd.Function):
         own = _zeros_if(of_weight, weight, wide)
         of_b = _zeros_if(of_bias, bias, wide)
         work.values = [values.new_zeros(len(values), dtype=wide) for _ in work.terms]
-        cast = None if weight is None else weight.to(values.dtype)
+        cast = work.answers.weight
         lift = _lift(values, work)
         for span in work.chunks():
             logits = work.answers.logits(span)
