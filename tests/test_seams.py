@@ -20,6 +20,7 @@ from keeptune.method import Context, Method
 from keeptune.methods.der_pp import DERpp
 from keeptune.methods.eaft import EAFT
 from keeptune.methods.ewc import EWC
+from keeptune.methods.freeze import Freeze
 from keeptune.methods.kl_base import KLBase
 from keeptune.methods.label_smoothing import LabelSmoothing
 from keeptune.methods.lwf import LwF
@@ -340,6 +341,24 @@ def test_what_a_tasks_end_does_has_the_optimizers_memory(tmp_path: Any) -> None:
     trainer.learn("a", rows())
     assert trainer.optimizer is None
     assert not trainer.accelerator._optimizers
+
+
+def test_recomputing_layers_differentiates_no_frozen_one(tmp_path: Any) -> None:
+    ends, wanted = [], []
+    for again in (False, True):
+        model, tokenizer = pico.causal_lm(), pico.tokenizer()
+        kept = model.model.layers[0].register_forward_pre_hook(
+            lambda module, args: wanted.append(args[0].requires_grad)
+        )
+        trainer = build_trainer(
+            "causal_lm", model, tokenizer, rows(), [Freeze(layers=1)],
+            {**settings(tmp_path), "activation_checkpointing": again}, collate(tokenizer),
+        )  # fmt: skip
+        trainer.learn("a", rows())
+        kept.remove()
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+    assert not any(wanted)
 
 
 def test_classifiers_train_through_the_same_seam(tmp_path: Any) -> None:

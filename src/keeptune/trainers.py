@@ -241,6 +241,10 @@ def build_trainer(
         raise RecipeError(f"trainer: {error}") from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or transformers would copy the model to all of them at each step
+    if arguments.activation_checkpointing:
+        again = arguments.activation_checkpointing_kwargs or {}
+        if not again.get("use_reentrant"):
+            _leave_inputs_alone(model)
     trainer_class = ClassifierTrainer if kind == "classification" else TextTrainer
     if arguments.world_size != launched():
         raise RecipeError(
@@ -264,6 +268,20 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _leave_inputs_alone(model: Any) -> None:
+    """Keep transformers from asking for gradients of the input when it recomputes layers.
+
+    Only reentrant recomputation needs them. With them all frozen layers below the first trained one
+    are computed again and differentiated, though nobody wants to know.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.enable_input_require_grads = _nothing
+
+
+def _nothing() -> None:
+    """A model's attribute must be a function with a name, for copies of it."""
 
 
 def loss_of(kind: str, model: nn.Module, logits: bool) -> Callable[..., Tensor]:
