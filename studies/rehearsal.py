@@ -115,7 +115,8 @@ def _cells(found: Runs, plain: Runs) -> Iterator[str]:
         return f"{np.mean(shown):.0f}" if shown else ""
 
     yield from shares(found, plain)
-    first, last = (np.mean([run["chats"][row] for run in found]) for row in (0, -1))
+    # Of perplexities the geometric mean: one run in pieces would be all of an arithmetic one.
+    first, last = (np.exp(np.mean(np.log([run["chats"][row] for run in found]))) for row in (0, -1))
     yield f"{first:.1f} → {last:.1f}"
     yield evidence("rows_generated", "rows_replayed")
     yield evidence("texts_written")
