@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import pico
 from keeptune.errors import DataError, RecipeError
@@ -71,6 +72,19 @@ def test_lm_eval_scores_the_model_in_memory_example_by_example(own_task: Path) -
     assert {e.score for e in examples} <= {0.0, 1.0}
     assert examples[0].score == examples[2].score
     assert model.training
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
+def test_lm_eval_computes_in_the_precision_that_it_is_called_in(own_task: Path, half: bool) -> None:
+    pytest.importorskip("lm_eval")
+    (guard,) = read_guard(LmEvalGuard(lm_eval=["letters"], limit=4, include_path=str(own_task)))
+    model, seen = pico.causal_lm(), set()
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        score_lm_eval(model, pico.tokenizer(), guard, 4)
+    assert seen == {torch.bfloat16 if half else torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

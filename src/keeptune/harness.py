@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from keeptune.errors import DataError
 from keeptune.records import Example
 
@@ -41,10 +43,17 @@ def score_lm_eval(model: Any, tokenizer: Any, guard: Guard, batch_size: int) -> 
     if guard.name not in manager.all_tasks:
         place = f"in {own}" if own else "among lm-eval's own tasks"
         raise DataError(f"There is no lm-eval task {guard.name!r} {place}. See `lm_eval ls tasks`.")
-    was_training = model.training
+    was_training, kind = model.training, model.device.type
+    # lm-eval would leave the precision that it is called in.
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     try:
         results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                mixed_precision_dtype=precision,
+            ),
             tasks=[guard.name],
             task_manager=manager,
             limit=guard.limit,
