@@ -26,7 +26,7 @@ from keeptune.errors import FolderError, MethodError, ModelError, suggest
 from keeptune.folder import RunFolder
 from keeptune.likelihood import base_model, evaluating
 from keeptune.loop import Loop
-from keeptune.method import Context, Ids
+from keeptune.method import Context, Ids, all_bits
 from keeptune.model_card import Kind, model_card
 from keeptune.progress import Silent
 from keeptune.recipe import load_recipe
@@ -238,7 +238,7 @@ class _Probe:
     def _logits(self, model: Any) -> list[Tensor]:
         """[L, V] or [classes] for each question, one at a time, so that nothing is padded."""
         device = next(model.parameters()).device
-        with evaluating(model):
+        with evaluating(model), all_bits():
             return [
                 model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu()
                 for ids in self.asked

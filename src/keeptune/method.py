@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -147,6 +148,23 @@ class Context:
             values: [N], one value for each answer of this micro batch.
         """
         return values.sum() / self.answers_in_step
+
+
+@contextmanager
+def all_bits() -> Iterator[None]:
+    """Products of float32 with all their bits, also where `tf32` is asked for in training.
+
+    With TF32 a GPU keeps 10 bits of each factor: enough to learn by, not to hold things in place.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    is_new = hasattr(matmul, "fp32_precision")  # since torch 2.9
+    key, exact = ("fp32_precision", "ieee") if is_new else ("allow_tf32", False)
+    was = getattr(matmul, key)
+    setattr(matmul, key, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, key, was)
 
 
 def wide(values: Tensor) -> Tensor:

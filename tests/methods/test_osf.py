@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pico
 from keeptune.errors import MethodError
 from keeptune.method import Context
+from keeptune.methods import _subspace
 from keeptune.methods._subspace import Old, strongest
 from keeptune.methods.osf import OSF
 from pencil import Softmax, context
@@ -33,6 +34,29 @@ def test_a_gradient_and_a_weight_by_hand() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     old.put_back(weight)
     assert weight.tolist() == [[5.0, 0.0], [0.0, 4.0]]
+
+
+def test_what_is_held_is_computed_with_all_bits_whatever_training_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    was, seen = matmul.fp32_precision, []
+
+    def noted(values: Tensor) -> Tensor:
+        seen.append(matmul.fp32_precision)
+        return values
+
+    monkeypatch.setattr(_subspace, "wide", noted)
+    matmul.fp32_precision = "tf32"
+    try:
+        u, s, v = strongest(torch.eye(2), 0.5)
+        old = Old(u, v, s)
+        old.free(torch.ones(2, 2))
+        old.put_back(torch.ones(2, 2))
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = was
+    assert seen == ["ieee"] * 3
 
 
 def test_one_side_alone_is_held_at_its_value() -> None:

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from keeptune.method import Context, wide
+from keeptune.method import Context, all_bits, wide
 from keeptune.methods._adapters import FIRST
 
 
@@ -27,6 +27,7 @@ class Old:
     v: Tensor | None
     kept: Tensor
 
+    @all_bits()
     def free(self, gradient: Tensor) -> None:
         """Leave of a gradient only what is off the old directions, in place."""
         g = wide(gradient)
@@ -36,6 +37,7 @@ class Old:
             g = g - (g @ self.v) @ self.v.T
         gradient.copy_(g)
 
+    @all_bits()
     def put_back(self, value: Tensor) -> None:
         """Give a value its old part again, in place; what is off it stays."""
         x = wide(value)
@@ -48,6 +50,7 @@ class Old:
         value.copy_(x)
 
 
+@all_bits()
 def strongest(weight: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular triples: U [out, k], Σ [k] and V [in, k], k = ⌊share · min(out, in)⌋."""
     u, s, vh = torch.linalg.svd(wide(weight), full_matrices=False)
@@ -67,9 +70,11 @@ def old_directions(ctx: Context, share: float) -> Iterator[tuple[str, Old]]:
             a, b = trained.get(stem.format("A")), trained.get(stem.format("B"))
             if a is not None and b is not None:
                 base = wide(module.get_base_layer().weight)
-                u, _, v = strongest(base + module.scaling[FIRST] * (wide(b) @ wide(a)), share)
-                yield stem.format("A"), Old(None, v, wide(a) @ v)
-                yield stem.format("B"), Old(u, None, u.T @ wide(b))
+                with all_bits():
+                    u, _, v = strongest(base + module.scaling[FIRST] * (wide(b) @ wide(a)), share)
+                    held = [Old(None, v, wide(a) @ v), Old(u, None, u.T @ wide(b))]
+                yield stem.format("A"), held[0]
+                yield stem.format("B"), held[1]
             continue
         is_layer = isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
         if is_layer and f"{name}.weight" in trained:
