@@ -94,6 +94,7 @@ class Rule:
 
 SMOLLM, CONFLICT = "studies/smollm.md", "studies/conflict.md"
 DIGITS, REHEARSAL = "studies/digits.md", "studies/rehearsal_digits.md"
+LABELS = "studies/rehearsal.md"
 DEMO = "README.md"
 
 RULES = (
@@ -117,8 +118,9 @@ RULES = (
     Rule(
         {"replay": {"ratio": 0.3}}, "tasks",
         "16 (LoRA) and 12 (all weights) points more of the tasks than plain, most of any method "
-        "that was compared with it there but joint training",
-        (SMOLLM, REHEARSAL, CONFLICT),
+        "that was compared with it there but joint training; of rows that are alike one for twenty "
+        "new ones does as well as four",
+        (SMOLLM, LABELS, REHEARSAL, CONFLICT),
     ),
     Rule(
         {"der_pp": {}}, "tasks",
@@ -148,6 +150,13 @@ RULES = (
         trained="all",
     ),
     Rule(
+        {"lwf": {}}, "both",
+        "the new rows are answered as before where they need not change: three labelling tasks "
+        "ended at 61 % (plain 29, old rows at best 57), 85 % of the guards (plain 45) and chats as "
+        "they were; of facts contradicted later it kept most of the capitals (47 %, plain 33)",
+        (LABELS, CONFLICT),
+    ),
+    Rule(
         {"ewc": {}}, "both",
         "with LoRA it keeps 7 points more of the tasks and 14 of the guards than plain, without a "
         "row",
@@ -162,8 +171,9 @@ RULES = (
     Rule(
         {"pseudo_replay": {"distil": 1.0}, "ewc": {}}, "both",
         "the model writes rows of its old tasks itself, so that none is kept; for labels, intents "
-        "and dialogues, not for facts",
-        model="text",
+        "and dialogues, not for facts: alone it ended three labelling tasks at 50 % (plain 29), "
+        "which three seeds could not tell from chance",
+        (LABELS,), model="text",
     ),
     Rule(
         {"seq_star": {}}, "tasks",
@@ -175,12 +185,6 @@ RULES = (
         "of the guards 11 (LoRA) and 29 (all weights) points more than plain, at little cost in "
         "learning with all weights",
         (SMOLLM,),
-    ),
-    Rule(
-        {"lwf": {}}, "base",
-        "the new rows are answered as before where they need not change: of the methods that learn "
-        "as well as plain the one that kept most of the capitals (47 %, plain 33)",
-        (CONFLICT,),
     ),
     Rule(
         {"wise": {}}, "base",
