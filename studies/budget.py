@@ -1,6 +1,6 @@
 """Study: `budget` against settings picked by hand, on SmolLM2-135M with LoRA.
 
-    python studies/budget.py run       # every setting and seed: two minutes a run
+    python studies/budget.py run       # every setting and seed: four minutes a run
     python studies/budget.py report    # tables into studies/budget.md
 
 Three tasks of names and cities. One half of the facts that the model knows is the guard that the
@@ -33,9 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain, budget": {"budget": BUDGET},
     "a third of the rate": {"rate": RATE / 3},
-    "a tenth of the rate": {"rate": RATE / 10},
     "wise, half of each step": {"methods": {"wise": {"mix": 0.5}}},
-    "wise, a quarter of each step": {"methods": {"wise": {"mix": 0.25}}},
     "replay": {"methods": REPLAY},
     "replay, budget": {"methods": REPLAY, "budget": BUDGET},
 }
