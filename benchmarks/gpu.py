@@ -15,42 +15,28 @@ import gc
 import statistics
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Event
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from keeptune import models, phantom, prices, registry, sizing, tokens
+from keeptune import models, phantom, prices, registry, sizing
 from keeptune.session import dress
-from keeptune.trainers import build_trainer
-from sizing import ADAPTERS, STRATEGIES, rows
+from sizing import ADAPTERS, STRATEGIES, Clock, case_of, learn_two
 
-ROWS, LENGTH = 8, 512
+Figures = dict[str, float]
+
+BATCH = phantom.Batch(8, 512, half=True, recompute=True)
 HEADS = ("model", "strategy", "trained", "what", "estimate", "measured", "ratio", "verdict")
 MARKS = ("---", "---", "---", "---", "---:", "---:", "---:", "---")
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds of each step, and the GPU's speed before it."""
-
-    def __init__(self, case: prices.Case) -> None:
-        self.case = case
-        self.steps: list[float] = []
-        self.speeds: list[sizing.Speed] = []
-        self.began = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.speeds.append(sizing.measure_speed(self.case))
-        torch.cuda.synchronize()
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        torch.cuda.synchronize()
-        self.steps.append(time.perf_counter() - self.began)
+def now() -> float:
+    """Seconds, when all that was asked of the GPU is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def configs() -> dict[str, Any]:
@@ -61,55 +47,17 @@ def configs() -> dict[str, Any]:
     return {"135M": AutoConfig.from_pretrained(models.demo_folder()), "1.2B": big}
 
 
-def case_of(config: Any, adapter: Any, steps: int) -> prices.Case:
-    batch = phantom.Batch(ROWS, LENGTH, half=True, recompute=True)
-    return prices.Case(
-        step=phantom.count(config, adapter, batch),
-        batch=batch,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        adapted=adapter is not None,
-        past=1,
-        rows=ROWS * steps,
-        tokens=LENGTH,
-        answers=LENGTH,
-    )
-
-
-def one(
-    config: Any, tokenizer: Any, case: prices.Case, strategy: str, trained: str, steps: int
-) -> dict[str, float]:
+def one(config: Any, tokenizer: Any, case: prices.Case, strategy: str, trained: str) -> Figures:
     """Train two tasks, and measure and estimate the second."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    methods, clock = [registry.build(strategy)], Clock(case)
+    methods, clock = [registry.build(strategy)], Clock(case, now)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with TemporaryDirectory() as folder:
-        data = [rows(config.vocab_size, ROWS * steps, seed, length=LENGTH) for seed in (0, 1)]
-        trainer = build_trainer(
-            "causal_lm", dress(model, ADAPTERS[trained], 0), tokenizer, data[0], methods,
-            {"output_dir": folder, "per_device_train_batch_size": ROWS, "num_train_epochs": 1,
-             "seed": 0},
-            tokens.collate(tokenizer),
-        )  # fmt: skip
-        trainer.progress_root = Path(folder, "progress")
-        trainer.watch(lambda *_: None, 60.0, Event())
-        trainer.add_callback(clock)
-        trainer.learn("first", data[0])
-        clock.steps.clear()
-        clock.speeds.clear()
-        torch.cuda.reset_peak_memory_stats()
-        trainer.learn("second", data[1])
-    speed = sizing.Speed(
-        *(
-            statistics.median(getattr(speed, name) for speed in clock.speeds)
-            for name in ("flops", "traffic", "streamed")
-        )
-    )
-    needed = sizing.need(methods, case)
+    model = dress(model, ADAPTERS[trained], 0)
+    learn_two(model, tokenizer, methods, clock, torch.cuda.reset_peak_memory_stats)
+    speed, needed = clock.speed(), sizing.need(methods, case)
     return {
         "memory": torch.cuda.max_memory_allocated() - before,
         "memory_estimate": needed.memory,
@@ -119,7 +67,7 @@ def one(
     }
 
 
-def lines(found: dict[tuple[str, str, str], dict[str, float]]) -> list[tuple[str, ...]]:
+def lines(found: dict[tuple[str, str, str], Figures]) -> list[tuple[str, ...]]:
     """The lines of the table."""
     made = []
 
@@ -147,10 +95,10 @@ def main() -> None:
     found = {}
     for name, config in configs().items():
         for trained, adapter in ADAPTERS.items():
-            case = case_of(config, adapter, given.steps)
+            case = case_of(config, adapter, given.steps, BATCH)
             for strategy in STRATEGIES:
                 key = name, strategy, trained
-                found[key] = one(config, tokenizer, case, strategy, trained, given.steps)
+                found[key] = one(config, tokenizer, case, strategy, trained)
                 print(*key, found[key], flush=True)
     made = lines(found)
     table = Table(*HEADS)

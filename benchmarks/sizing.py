@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -35,6 +36,7 @@ from rich.table import Table
 from transformers import AutoConfig, TrainerCallback
 
 from keeptune import machine, models, phantom, prices, registry, sizing, tokens
+from keeptune.method import Method
 from keeptune.session import dress
 from keeptune.trainers import build_trainer
 
@@ -51,23 +53,33 @@ HEADS = ("strategy", "trained", "what", "estimate", "measured", "ratio", "goal",
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """CPU seconds of each step, and the machine's speed before it."""
+    """Seconds of each step, and the machine's speed before it.
 
-    def __init__(self, case: prices.Case) -> None:
-        self.case = case
+    Args:
+        case: What is run.
+        now: The time in seconds; by default of this process alone.
+    """
+
+    def __init__(self, case: prices.Case, now: Callable[[], float] = time.process_time) -> None:
+        self.case, self.now = case, now
         self.steps: list[float] = []
         self.speeds: list[sizing.Speed] = []
         self.began = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.speeds.append(sizing.measure_speed(self.case, time.process_time))
-        self.began = time.process_time()
+        self.speeds.append(sizing.measure_speed(self.case, self.now))
+        self.began = self.now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(time.process_time() - self.began)
+        self.steps.append(self.now() - self.began)
+
+    def speed(self) -> sizing.Speed:
+        """The median of what was measured."""
+        names = ("flops", "traffic", "streamed")
+        return sizing.Speed(*(statistics.median(getattr(s, n) for s in self.speeds) for n in names))
 
 
-def rows(vocabulary: int, count: int, seed: int, length: int = LENGTH) -> Dataset:
+def rows(vocabulary: int, count: int, seed: int, length: int) -> Dataset:
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, vocabulary, (count, length), generator=random).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
@@ -78,8 +90,7 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def case_of(config: Any, adapter: Any, steps: int) -> prices.Case:
-    batch = phantom.Batch(ROWS, LENGTH)
+def case_of(config: Any, adapter: Any, steps: int, batch: phantom.Batch) -> prices.Case:
     return prices.Case(
         step=phantom.count(config, adapter, batch),
         batch=batch,
@@ -88,29 +99,24 @@ def case_of(config: Any, adapter: Any, steps: int) -> prices.Case:
         vocabulary=config.vocab_size,
         adapted=adapter is not None,
         past=1,
-        rows=ROWS * steps,
-        tokens=LENGTH,
-        answers=LENGTH,
+        rows=batch.rows * steps,
+        tokens=batch.length,
+        answers=batch.length,
     )
 
 
-def one(strategy: str, trained: str, steps: int) -> dict[str, float]:
-    """Run one strategy here, and measure and estimate it."""
-    adapter, methods = ADAPTERS[trained], [registry.build(strategy)]
-    config = AutoConfig.from_pretrained(models.demo_folder())
-    case = case_of(config, adapter, steps)
-    clock = Clock(case)
-    clock.on_step_begin()
-    before = resident()
-    loaded = models.load("demo")
-    model = dress(loaded.model, adapter, 0)
+def learn_two(
+    model: Any, tokenizer: Any, methods: Sequence[Method], clock: Clock, between: Callable[[], None]
+) -> None:
+    """Learn two tasks; the clock tells of the second alone, before which `between` is called."""
+    case = clock.case
     with TemporaryDirectory() as folder:
-        data = [rows(config.vocab_size, ROWS * steps, seed) for seed in (0, 1)]
+        data = [rows(case.vocabulary, int(case.rows), seed, case.batch.length) for seed in (0, 1)]
         trainer = build_trainer(
-            "causal_lm", model, loaded.tokenizer, data[0], methods,
-            {"output_dir": folder, "per_device_train_batch_size": ROWS, "num_train_epochs": 1,
-             "seed": 0},
-            tokens.collate(loaded.tokenizer),
+            "causal_lm", model, tokenizer, data[0], methods,
+            {"output_dir": folder, "per_device_train_batch_size": case.batch.rows,
+             "num_train_epochs": 1, "seed": 0},
+            tokens.collate(tokenizer),
         )  # fmt: skip
         trainer.progress_root = Path(folder, "progress")
         trainer.watch(lambda *_: None, 60.0, Event())
@@ -118,14 +124,22 @@ def one(strategy: str, trained: str, steps: int) -> dict[str, float]:
         trainer.learn("first", data[0])
         clock.steps.clear()
         clock.speeds.clear()
+        between()
         trainer.learn("second", data[1])
-    memory = machine.peak_memory() - before
-    speed = sizing.Speed(
-        *(
-            statistics.median(getattr(speed, name) for speed in clock.speeds)
-            for name in ("flops", "traffic", "streamed")
-        )
-    )
+
+
+def one(strategy: str, trained: str, steps: int) -> dict[str, float]:
+    """Run one strategy here, and measure and estimate it."""
+    adapter, methods = ADAPTERS[trained], [registry.build(strategy)]
+    config = AutoConfig.from_pretrained(models.demo_folder())
+    case = case_of(config, adapter, steps, phantom.Batch(ROWS, LENGTH))
+    clock = Clock(case)
+    clock.on_step_begin()
+    before = resident()
+    loaded = models.load("demo")
+    model = dress(loaded.model, adapter, 0)
+    learn_two(model, loaded.tokenizer, methods, clock, lambda: None)
+    memory, speed = machine.peak_memory() - before, clock.speed()
     needed = sizing.need(methods, case)
     return {
         "memory": memory,
