@@ -21,7 +21,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 import torch
 
 import pico
-from keeptune import kept, runs, serving, state, trainers
+from keeptune import kept, runs, session, state, trainers
 from keeptune.methods._anchor.hooks import ExampleHooks
 from keeptune.methods.ewc import EWC
 from keeptune.recipe import parse_recipe
@@ -102,7 +102,7 @@ def in_fisher(number: int) -> None:
 MOMENTS: dict[str, Callable[[], None]] = {
     "in a task": lambda: at_call(trainers.Checkpoints, "training_step", 6),
     "in end_task": lambda: in_fisher(1),
-    "in an evaluation": lambda: at_call(serving, "score_rows", 4),
+    "in an evaluation": lambda: at_call(session, "score_rows", 4),
     "in the write of a state": lambda: at_call(state, "save_file", 40),
 }
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pico
-from keeptune import loop, serving, state
+from keeptune import loop, session, state
 from keeptune.checks import run_checks
 from keeptune.disk import locked
 from keeptune.errors import (
@@ -424,7 +424,7 @@ def test_full_memory_names_the_batch_size(
     def full(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(serving, "score_rows", full)
+    monkeypatch.setattr(session, "score_rows", full)
     with pytest.raises(TrainingError, match="per_device_train_batch_size: 4"):
         run(recipe(home))
 

@@ -17,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from keeptune.errors import DataError, ModelError
 from keeptune.likelihood import (
     NO_LIMIT,
-    base_model,
     context_length,
     evaluating,
     most_tokens,
@@ -29,6 +28,7 @@ from keeptune.likelihood import (
 )
 from keeptune.method import IGNORED, Ids
 from keeptune.processes import gathered, is_sharded, processes
+from keeptune.reading import base_model
 from keeptune.records import Example
 from keeptune.rows import Rows, Shape, answer, as_text, label_id, options, question
 from keeptune.scorers import check_score, text_score

@@ -24,15 +24,16 @@ from torch import Tensor
 from keeptune.disk import is_taken, locked, new_folder
 from keeptune.errors import FolderError, MethodError, ModelError, suggest
 from keeptune.folder import RunFolder
-from keeptune.likelihood import base_model, evaluating
+from keeptune.likelihood import evaluating
 from keeptune.loop import Loop
 from keeptune.method import Context, Ids, all_bits
 from keeptune.model_card import Kind, model_card
 from keeptune.progress import Silent
-from keeptune.recipe import load_recipe
+from keeptune.reading import base_model
+from keeptune.recipe import in_one_process, load_recipe
 from keeptune.runs import quiet, refuse_objects
 from keeptune.serving import questions
-from keeptune.session import Session, in_one_process, open_session, read_plan
+from keeptune.session import Session, open_session, read_plan
 
 PROBES = 4  # questions of each task by which an export is compared
 ROUNDING = 1e-4  # how far merging an adapter may move a logit, as a share of the largest

@@ -221,7 +221,7 @@ class _Pass(torch.autograd.Function):
             elif own is not None:
                 own += gradient.T @ values[span]
             del logits, gradient  # or the next chunk's would be there beside this one's
-        if lift != 1 and cast is not None:
+        if lift != 1:
             for lifted in (room, own):
                 if lifted is not None:
                     lifted.div_(lift)
@@ -245,7 +245,7 @@ def _lift(values: Tensor, work: Work) -> float:
     smallest float16, and no loss scale has reached them yet. Four bits are left free above them,
     since what they are multiplied with has a range too.
     """
-    if values.dtype != torch.float16:
+    if values.dtype != torch.float16 or work.answers.head is None:
         return 1.0
     largest = max((float(w.abs().max()) for _, w in work.terms if len(w)), default=0.0)
     return max(1.0, 2.0 ** -math.ceil(math.log2(16 * largest))) if largest else 1.0

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from keeptune.chain import Chain
 from keeptune.errors import KeeptuneError, ModelError
 from keeptune.method import Method
-from keeptune.recipe import Recipe
+from keeptune.recipe import Recipe, in_one_process
 from keeptune.runs import quiet
-from keeptune.session import Session, in_one_process, open_session, read_plan
+from keeptune.session import Session, open_session, read_plan
 from keeptune.sizing import DEVICES, Sizer, measure_speed
 
 GIB = 2**30

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from keeptune.method import IGNORED, Ids
 from keeptune.processes import reshard
+from keeptune.reading import base_model
 
 # Logits of one batch: 2**27 in float32 are 512 MB.
 MOST_LOGITS = 2**27
@@ -156,11 +157,6 @@ def _plain_cache(model: Any) -> DynamicCache | None:
     cache = DynamicCache(config=base_model(model).config)
     plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
     return cache if plain else None
-
-
-def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def context_length(model: Any, max_length: int | None) -> int:

@@ -273,21 +273,20 @@ class Loop:
 
     def score(self, item: Task | Guard, ctx: Context, task: str | None) -> Cell:
         """Score by what is served for a task, or for rows of an unknown one."""
-        plan, chain = self.session.plan, self.session.chain
-        started = time.monotonic()
-        model, tokenizer = self.session.model, self.session.tokenizer
+        run, started = self.session, time.monotonic()
+        plan, chain = run.plan, run.chain
         prompts = Prompts(chain, ctx)
         rows = item.eval if isinstance(item, Task) else item.rows
         examples: list[Example]
         if isinstance(item, Guard) and rows is None:
             chain.serve(ctx, task)
-            with self.session.trainer.computing():
-                examples = score_lm_eval(model, tokenizer, item, plan.eval_batch_size)
+            with run.trainer.computing():
+                examples = score_lm_eval(run.model, run.tokenizer, item, plan.eval_batch_size)
             self._tick(len(examples))
         else:
             assert rows is not None
             examples = score_served(
-                self.session,
+                run,
                 ctx,
                 rows,
                 item.score,

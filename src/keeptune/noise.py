@@ -29,11 +29,11 @@ from keeptune.jobs import Job
 from keeptune.loop import Loop
 from keeptune.metrics import DEFINITIONS, applies, key_of, raw
 from keeptune.progress import Progress, duration
-from keeptune.recipe import Recipe, load_recipe
+from keeptune.recipe import Recipe, in_one_process, load_recipe
 from keeptune.records import Kind, Measure, Noise, Spread, Unit
 from keeptune.results import Column, Results, load
 from keeptune.runs import DIVISION, quiet, refuse_objects
-from keeptune.session import Session, in_one_process, open_session, read_plan
+from keeptune.session import Session, open_session, read_plan
 from keeptune.strategies import strategy_of
 from keeptune.stream import Task
 from keeptune.units import UNITS

@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from keeptune.errors import ModelError
+from keeptune.reading import base_model
 from keeptune.session import dress
-from keeptune.trainers import loss_of
+from keeptune.trainers import leave_inputs_alone, loss_of
 
 # A model of more layers is counted at these two depths: what a layer adds is the same for all.
 SHALLOW, DEEP = 2, 4
@@ -222,10 +223,8 @@ def _matrices(model: nn.Module) -> list[Tensor]:
 
 
 def _recompute(model: Any) -> None:
-    if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
-        model.enable_input_require_grads()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.activation_checkpointing_enable()
+    leave_inputs_alone(model)
+    base_model(model).activation_checkpointing_enable()
 
 
 def _give_shapes(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -20,10 +20,14 @@ _STRANGE: WeakSet[nn.Module] = WeakSet()
 _PROBE = torch.tensor([2**-20, -(2**30), -30.0, -2.0, 0.0, 0.5, 7.0], dtype=torch.float64)
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def find_head(model: nn.Module) -> nn.Linear | None:
     """The head of a language model where it is a plain linear layer, whole and not adapted."""
-    outer: Any = model
-    base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    base = base_model(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if type(head) is not nn.Linear or "forward" in vars(head) or head in _STRANGE:
         return None

@@ -236,3 +236,9 @@ def _rebased(recipe: Recipe, base: Path) -> Recipe:
         return str(base / value) if isinstance(value, str) and (base / value).exists() else value
 
     return parse_recipe({**moved(resolve(recipe))}, recipe._document)
+
+
+def in_one_process(recipe: Recipe) -> Recipe:
+    """The recipe for one process: without FSDP, which spreads a model and changes no answer."""
+    kept = {k: v for k, v in recipe.trainer.items() if k not in ("fsdp", "fsdp_config")}
+    return recipe.model_copy(update={"trainer": kept})

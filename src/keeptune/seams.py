@@ -40,6 +40,7 @@ from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
 from keeptune.loss_terms import LossTerms
 from keeptune.method import OPTIONS, Context, Method
 from keeptune.overseer import Overseer
+from keeptune.reading import base_model
 
 # What a stream that is seen once needs of the trainer's arguments.
 ONLINE = {"num_train_epochs": 1, "max_steps": -1, "train_sampling_strategy": "sequential"}
@@ -105,7 +106,7 @@ class Seams(LossTerms):
 
     def _require_classifier(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         if "classifier" in self.strategy.needs and base.can_generate():
             who = [m.name() for m in self.strategy if "classifier" in m.needs]
             raise MethodError(

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from keeptune.chain import Chain
-from keeptune.evaluate import score_rows
 from keeptune.likelihood import context_length
 from keeptune.method import Context, Ids
 from keeptune.records import Example
@@ -66,23 +65,13 @@ def score_served(
     Returns:
         One example a row, in the rows' order.
     """
-    plan, found = session.plan, {}
+    found = {}
     for served, positions in _by_task(session, ctx, rows, task).items():
         session.chain.serve(ctx, served)
         some = dataclasses.replace(rows, rows=[rows.rows[i] for i in positions])
-        with session.trainer.computing():
-            examples = score_rows(
-                session.model,
-                session.tokenizer,
-                some,
-                score,
-                batch_size=plan.eval_batch_size,
-                max_new_tokens=max_new_tokens,
-                max_length=plan.max_length,
-                labels=plan.labels,
-                tick=tick,
-                prompt=prompts,
-            )
+        examples = session.score(
+            some, score, max_new_tokens=max_new_tokens, tick=tick, prompt=prompts
+        )
         for i, example in zip(positions, examples, strict=True):
             found[i] = example.model_copy(update={"id": i})
     return [found[i] for i in range(len(rows))]

@@ -17,6 +17,7 @@ from torch import nn
 from keeptune import registry, steering, tokens
 from keeptune.chain import Chain
 from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
+from keeptune.evaluate import Scored, score_rows
 from keeptune.guard import Guard, read_guard
 from keeptune.likelihood import context_length
 from keeptune.method import Context, Method
@@ -26,7 +27,7 @@ from keeptune.recipe import Recipe
 from keeptune.recipe_checks import check_recipe, peft_settings
 from keeptune.recipe_parts import BudgetRecipe, TaskRecipe, WatchRecipe
 from keeptune.records import DataInfo, MethodInfo
-from keeptune.rows import Shape, leaked, read_rows
+from keeptune.rows import Rows, Shape, leaked, read_rows
 from keeptune.stream import Task, TaskStream
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
 from keeptune.validation import hold_out, sampled
@@ -92,6 +93,13 @@ class Session:
             tokenizer=self.tokenizer,
             folder=self.trainer.files,
         )
+
+    def score(self, rows: Rows, score: str, **how: Any) -> Scored:
+        """Score the model as it stands, as it is trained; `how` is of `evaluate.score_rows`."""
+        own = {"max_length": self.plan.max_length, "labels": self.plan.labels}
+        how |= {"batch_size": self.plan.eval_batch_size, **own}
+        with self.trainer.computing():
+            return score_rows(self.model, self.tokenizer, rows, score, **how)
 
     def data_infos(self) -> list[DataInfo]:
         """The tasks as run.json lists them."""
@@ -282,12 +290,6 @@ def adapter_config(recipe: Recipe) -> Any:
     config, settings = peft_settings(recipe.adapter)
     kind = "SEQ_CLS" if recipe.kind == "classification" else "CAUSAL_LM"
     return config(**settings, task_type=kind)
-
-
-def in_one_process(recipe: Recipe) -> Recipe:
-    """The recipe for one process: without FSDP, which spreads a model and changes no answer."""
-    kept = {k: v for k, v in recipe.trainer.items() if k not in ("fsdp", "fsdp_config")}
-    return recipe.model_copy(update={"trainer": kept})
 
 
 # -- dressed for training -------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from keeptune.budget import Between, find_step, put, shares, snapshot
 from keeptune.changes import Earlier
 from keeptune.controller import LARGEST
 from keeptune.errors import RecipeError
-from keeptune.evaluate import score_rows
 from keeptune.folder import RunFolder
 from keeptune.lines import Probe
 from keeptune.method import Context, Method
@@ -210,18 +209,8 @@ class Steering:
     # -- looks --------------------------------------------------------------------------------
 
     def _score(self, probe: Probe) -> Sequence[Example]:
-        plan = self.session.plan
-        with self.session.trainer.computing():
-            return score_rows(
-                self.session.model,
-                self.session.tokenizer,
-                probe.rows,
-                probe.item.score,
-                batch_size=plan.eval_batch_size,
-                max_new_tokens=probe.item.max_new_tokens,
-                max_length=plan.max_length,
-                labels=plan.labels,
-            )
+        item = probe.item
+        return self.session.score(probe.rows, item.score, max_new_tokens=item.max_new_tokens)
 
     def _tell(self, look: Look) -> None:
         self.progress.advance(look.step, **{f"{p.name}_{p.unit}": p.score for p in look.points})

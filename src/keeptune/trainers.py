@@ -24,6 +24,7 @@ from keeptune import state
 from keeptune.errors import RecipeError
 from keeptune.method import Method
 from keeptune.processes import any_says, is_first, launched
+from keeptune.reading import base_model
 from keeptune.seams import ONLINE, Seams
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -244,7 +245,7 @@ def build_trainer(
     if arguments.activation_checkpointing:
         again = arguments.activation_checkpointing_kwargs or {}
         if not again.get("use_reentrant"):
-            _leave_inputs_alone(model)
+            leave_inputs_alone(model)
     trainer_class = ClassifierTrainer if kind == "classification" else TextTrainer
     if arguments.world_size != launched():
         raise RecipeError(
@@ -270,14 +271,13 @@ def build_trainer(
     return trainer
 
 
-def _leave_inputs_alone(model: Any) -> None:
+def leave_inputs_alone(model: Any) -> None:
     """Keep transformers from asking for gradients of the input when it recomputes layers.
 
     Only reentrant recomputation needs them. With them all frozen layers below the first trained one
     are computed again and differentiated, though nobody wants to know.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.enable_input_require_grads = _nothing
+    base_model(model).enable_input_require_grads = _nothing
 
 
 def _nothing() -> None:
@@ -297,7 +297,5 @@ def loss_of(kind: str, model: nn.Module, logits: bool) -> Callable[..., Tensor]:
     """
     if kind == "classification" or logits:
         return lambda model, batch: model(**batch).loss
-    outer: Any = model
-    base = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(base_model(model), outputs=("log_probs", "entropy", "is_top1"))
     return lambda model, batch: model(**batch, use_cache=False, fused_lm_head=True).loss

@@ -226,8 +226,7 @@ class _Pass:
             batch //= 2
             for values in sums.values():
                 values.zero_()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         return batch
 
     def _fits(self, hooks: ExampleHooks, rows: Sequence[int], batch: int) -> bool:
