@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from keeptune import models, phantom, prices, registry, sizing
-from keeptune.session import dress
+from keeptune.dressing import dress
 from sizing import ADAPTERS, STRATEGIES, Clock, case_of, learn_two
 
 Figures = dict[str, float]

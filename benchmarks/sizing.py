@@ -36,8 +36,8 @@ from rich.table import Table
 from transformers import AutoConfig, TrainerCallback
 
 from keeptune import machine, models, phantom, prices, registry, sizing, tokens
+from keeptune.dressing import dress
 from keeptune.method import Method
-from keeptune.session import dress
 from keeptune.trainers import build_trainer
 
 torch.set_num_threads(1)

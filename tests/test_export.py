@@ -112,6 +112,7 @@ def test_all_weights_are_the_runs_bit_for_bit(home: Path, methods: list[Any]) ->
     done = export(folder.path, home / "out")
     file.write_text(text)
     assert (done.kind, done.is_merged) == ("model", False)
+    assert json.loads((done.path / "config.json").read_text())["use_cache"]
     got = alone("AutoModelForCausalLM", done.path, asked(0))
     for one, other in zip(got, served(folder, None, asked(0)), strict=True):
         assert torch.equal(one, other)
@@ -250,7 +251,14 @@ def test_the_folder_is_whole_and_says_what_it_is(home: Path) -> None:
     with safe_open(done.path / "adapter_model.safetensors", "pt") as tensors:
         assert not [name for name in tensors.keys() if "default" in name]  # noqa: SIM118
     card = (done.path / "README.md").read_text()
-    for words in ("old facts (guard)", "strength 7.5", "after t1", "keeptune 0.", "rank: 4", "t0"):
+    for words in (
+        "old facts (guard)",
+        "strength 7.5",
+        "after t1",
+        "keeptune 0.",
+        "rank: 4",
+        "taught t0, t1\n",
+    ):
         assert words in card
     R = folder.matrix("task")
     assert f"{100 * R[2, 1]:.1f} %" in card

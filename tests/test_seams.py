@@ -24,6 +24,7 @@ from keeptune.methods.freeze import Freeze
 from keeptune.methods.kl_base import KLBase
 from keeptune.methods.label_smoothing import LabelSmoothing
 from keeptune.methods.lwf import LwF
+from keeptune.methods.packnet import PackNet
 from keeptune.methods.wise import WiSE
 from keeptune.seams import Seams
 from keeptune.tokens import collate
@@ -359,6 +360,27 @@ def test_recomputing_layers_differentiates_no_frozen_one(tmp_path: Any) -> None:
         ends.append(flat(model))
     assert torch.equal(*ends)
     assert not any(wanted)
+
+
+def test_a_name_is_learned_once_where_each_task_has_its_own_part(tmp_path: Any) -> None:
+    trainer = own_trainer(tmp_path, [PackNet()], max_steps=1)
+    trainer.learn("a", rows())
+    with pytest.raises(DataError, match="A task 'a' was learned before, and packnet keeps"):
+        trainer.learn("a", rows())
+    trainer.learn("b", rows())
+    trainer = own_trainer(tmp_path, [EWC(strength=1.0)], max_steps=1)
+    trainer.learn("a", rows())
+    trainer.learn("a", rows())
+
+
+def test_recomputing_that_takes_no_second_gradient_is_refused(tmp_path: Any) -> None:
+    again = {"activation_checkpointing": True}
+    again |= {"activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(RecipeError, match="use_reentrant"):
+        build_trainer(
+            "causal_lm", pico.causal_lm(), pico.tokenizer(), rows(), [],
+            settings(tmp_path) | again, collate(pico.tokenizer()),
+        )  # fmt: skip
 
 
 def test_classifiers_train_through_the_same_seam(tmp_path: Any) -> None:

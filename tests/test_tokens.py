@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -9,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pico
 from keeptune.errors import DataError
-from keeptune.rows import Shape, read_rows
+from keeptune.rows import Shape, label_id, read_rows
 from keeptune.tokens import collate, cut_left, encode, option_ids, prompt_ids, tokenise
 
 TOKENIZER = pico.tokenizer()
@@ -209,6 +211,8 @@ def test_classes_become_a_vector_of_ids():
         (2, ["ham", "spam"], "unknown label 2. Allowed: ham, spam."),
         ("spam", [], "unknown label 'spam'. Give the names of the classes as labels."),
         (-1, [], "unknown label -1"),
+        (2, ["0", "1"], "unknown label 2. Allowed: 0, 1."),
+        (True, ["ham", "spam"], "unknown label True."),
     ],
 )
 def test_an_unknown_label_is_named(label, labels, message):
@@ -242,3 +246,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="refuses a conversation: roles must alternate"):
         shown({"messages": TALK}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "number"),
+    [
+        ("spam", ["ham", "spam"], 1),
+        (1, ["ham", "spam"], 1),
+        (1, ["1", "0"], 0),  # a name, in the order of sight
+        (5, ["1", "5"], 1),
+        (False, ["True", "False"], 1),
+        (3, [], 3),
+    ],
+)
+def test_the_id_of_a_label(label: Any, labels: list[str], number: int) -> None:
+    assert label_id(label, labels) == number

@@ -9,12 +9,14 @@ from typing import Any
 from keeptune import tokens, yamltext
 from keeptune.advice import Advice, Asked, Rule, fitting, limits
 from keeptune.disk import write_atomic
+from keeptune.dressing import adapter_config
 from keeptune.errors import RecipeError
 from keeptune.models import load_config, load_tokenizer
 from keeptune.recipe import Recipe, check_adapter, parse_recipe
 from keeptune.runs import quiet
-from keeptune.session import DEFAULT_LENGTH, adapter_config, class_names, read_sources
+from keeptune.session import DEFAULT_LENGTH, read_sources
 from keeptune.sizing import Sizer, Speed, measure_speed
+from keeptune.stream import class_names
 
 
 def sizer_for(recipe: Recipe) -> Sizer:

@@ -139,6 +139,8 @@ def _write(probe: _Probe, folder: RunFolder, out: Path, task: str | None, merged
     kind: Kind = "model" if base is None else "adapter"
     exported = Exported(out, kind, is_merged=is_adapter and base is None)
     whole = _merged(model) if exported.is_merged else model
+    if session.caches is not None:
+        base_model(whole).config.use_cache = session.caches
     try:
         with new_folder(out, replace=False) as files:
             write_model(whole, base, files)

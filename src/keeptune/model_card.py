@@ -26,8 +26,8 @@ def model_card(folder: RunFolder, kind: Kind, *, base: str | None, task: str | N
         task: The task that it answers; None for all.
     """
     info = folder.info
-    names = ", ".join(data.name for data in info.tasks)
-    served = f"This {kind} answers the task {task}." if task else f"This {kind} answers all tasks."
+    names = ", ".join(column.info.name for column in load(folder).tasks)
+    served = f"This {kind} answers " + (f"the task {task}." if task else "all of them.")
     parts = [
         _front(folder, kind, base),
         f"# {info.model['name']}, taught {names}",

@@ -18,8 +18,8 @@ from keeptune.progress import Silent
 from keeptune.recipe import Recipe, parse_recipe
 from keeptune.rows import read_rows
 from keeptune.runs import OBJECT, finish, quiet, start
-from keeptune.session import DEFAULT_LENGTH, Plan, class_names, open_session
-from keeptune.stream import Task, TaskStream
+from keeptune.session import DEFAULT_LENGTH, Plan, open_session
+from keeptune.stream import Task, TaskStream, class_names
 
 
 @dataclass(frozen=True)

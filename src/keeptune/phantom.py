@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from keeptune.dressing import dress
 from keeptune.errors import ModelError
 from keeptune.reading import base_model
-from keeptune.session import dress
 from keeptune.trainers import leave_inputs_alone, loss_of
 
 # A model of more layers is counted at these two depths: what a layer adds is the same for all.

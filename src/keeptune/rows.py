@@ -189,12 +189,12 @@ def label_id(label: str | int, labels: Sequence[str]) -> int:
     Raises:
         DataError: No such class.
     """
-    if label in labels:
+    if str(label) in labels:
         return labels.index(str(label))
-    if isinstance(label, int) or label.isdecimal():
-        number = int(label)
-        if number >= 0 and (not labels or number < len(labels)):
-            return number
+    # A number is a class's place only where it cannot be meant as a class's name.
+    is_place = str(label).isdecimal() and not any(name.isdecimal() for name in labels)
+    if is_place and (not labels or int(label) < len(labels)):
+        return int(label)
     known = suggest(str(label), labels) if labels else "Give the names of the classes as labels."
     raise DataError(f"unknown label {label!r}. {known}")
 

@@ -55,7 +55,8 @@ class Seams(LossTerms):
 
     Raises:
         MethodError: Methods clash, or need what this trainer cannot give.
-        RecipeError: It is online, and the trainer's arguments are not.
+        RecipeError: It is online, and the trainer's arguments are not; or they recompute layers in
+            PyTorch's old way.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Seams(LossTerms):
         self.end_task_seconds = 0.0
         self.files: Path | None = None  # where methods may keep files
         self.overseer: Overseer | None = None
+        self._learned: set[str] = set()
         self._first_scale: dict[str, Any] = {}
         self._require_one_gpu()
         self._require_gradients()
@@ -91,6 +93,14 @@ class Seams(LossTerms):
             raise MethodError(
                 "keeptune cannot tell weights apart under FSDP1, which joins them into one. "
                 "Leave `version` out of `fsdp_config`: the default is FSDP2."
+            )
+
+        again = self.args.activation_checkpointing_kwargs or {}
+        if self.args.activation_checkpointing and again.get("use_reentrant"):
+            raise RecipeError(
+                "trainer.activation_checkpointing_kwargs has use_reentrant: true. Then only a "
+                "step's loss can be differentiated, and nothing above frozen layers; methods need "
+                "more. Leave it out: the other way to recompute layers gives the same gradients."
             )
 
     def _require_adapter(self) -> None:
@@ -155,7 +165,8 @@ class Seams(LossTerms):
             The trainer's TrainOutput; None when the checkpoint was the task's last step.
 
         Raises:
-            DataError: The rows are not tokenised.
+            DataError: The rows are not tokenised, or the name is an earlier task's where each task
+                has a part of its own.
             TrainingError: The loss is not a number.
         """
         prepared: list[str] = [c for c in self.train_dataset.column_names if c != OPTIONS]
@@ -164,6 +175,11 @@ class Seams(LossTerms):
                 f"The rows of task {task!r} have no column {sorted(missing)[0]!r}. Give them as "
                 f"this trainer prepares its own, with {', '.join(prepared)}; for text, "
                 "keeptune.tokenise does that."
+            )
+        if task in self._learned and any("isolation" in m.traits for m in self.strategy):
+            raise DataError(
+                f"A task {task!r} was learned before, and {self.strategy.name} keeps a part of the "
+                "model for each task by its name. Give this one another name."
             )
         index = self.tasks_learned if index is None else index
         seed = (self.args.seed + 7919 * index) % 2**32
@@ -209,6 +225,7 @@ class Seams(LossTerms):
         self.strategy.end_task(self.ctx)
         self.end_task_seconds = time.monotonic() - ended
         self.tasks_learned = index + 1
+        self._learned.add(task)
         return output
 
     def _let_go_of_the_optimizer(self) -> None:

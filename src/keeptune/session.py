@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import peft
-import torch
 from torch import nn
 
 from keeptune import registry, steering, tokens
 from keeptune.chain import Chain
+from keeptune.dressing import adapter_config, dress
 from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
 from keeptune.evaluate import Scored, score_rows
 from keeptune.guard import Guard, read_guard
@@ -23,12 +21,13 @@ from keeptune.likelihood import context_length
 from keeptune.method import Context, Method
 from keeptune.models import Loaded, load
 from keeptune.privacy import Privacy, refusal
+from keeptune.reading import base_model
 from keeptune.recipe import Recipe
-from keeptune.recipe_checks import check_recipe, peft_settings
+from keeptune.recipe_checks import check_recipe
 from keeptune.recipe_parts import BudgetRecipe, TaskRecipe, WatchRecipe
 from keeptune.records import DataInfo, MethodInfo
 from keeptune.rows import Rows, Shape, leaked, read_rows
-from keeptune.stream import Task, TaskStream
+from keeptune.stream import Task, TaskStream, class_names
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
 from keeptune.validation import hold_out, sampled
 
@@ -67,13 +66,18 @@ class Plan:
 
 @dataclass
 class Session:
-    """A plan with its model dressed and its rows tokenised."""
+    """A plan with its model dressed and its rows tokenised.
+
+    Attributes:
+        caches: `use_cache` of the model's config, which transformers switches off for training.
+    """
 
     plan: Plan
     model: nn.Module
     tokenised: list[tokens.Tokenised]
     chain: Chain
     trainer: TextTrainer | ClassifierTrainer
+    caches: bool | None
 
     @property
     def tokenizer(self) -> Any:
@@ -275,23 +279,6 @@ def _check_shapes(recipe: Recipe, tasks: Sequence[Task]) -> None:
             )
 
 
-def class_names(listed: Sequence[str], tasks: Sequence[Task]) -> list[str]:
-    """The names of all classes: those listed, or all found in the tasks, in order of sight."""
-    if listed:
-        return list(listed)
-    found = (str(row["label"]) for t in tasks for rows in (t.train, t.eval) for row in rows.rows)
-    return list(dict.fromkeys(found))
-
-
-def adapter_config(recipe: Recipe) -> Any:
-    """The PEFT config of a recipe's adapter, or None."""
-    if recipe.adapter == "none":
-        return None
-    config, settings = peft_settings(recipe.adapter)
-    kind = "SEQ_CLS" if recipe.kind == "classification" else "CAUSAL_LM"
-    return config(**settings, task_type=kind)
-
-
 # -- dressed for training -------------------------------------------------------------------------
 
 
@@ -312,6 +299,7 @@ def open_session(plan: Plan) -> Session:
         for task in plan.stream
     ]
     model = dress(plan.loaded.model, plan.adapter, plan.seed)
+    caches = getattr(base_model(model).config, "use_cache", None)
     # The trainer makes its output folder at once, but nothing may be written before all is checked.
     # transformers fills in what `fsdp_config` leaves out.
     settings = {
@@ -329,21 +317,4 @@ def open_session(plan: Plan) -> Session:
         collate,
         online=plan.online,
     )
-    return Session(plan, model, tokenised, chain=trainer.strategy, trainer=trainer)
-
-
-def dress(model: nn.Module, adapter: Any, seed: int) -> nn.Module:
-    """The model with its adapter, or with all its weights trainable; always in float32.
-
-    The adapter's first weights depend on the seed alone.
-    """
-    if adapter is None:
-        return model.float().requires_grad_(True)
-    if isinstance(model, peft.PeftModel):
-        raise RecipeError("The model has an adapter already; leave `adapter` out, or give a base.")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft 0.21 asks transformers 5 by a name that transformers is about to retire.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        torch.default_generator.manual_seed(seed)  # adapters are drawn on the CPU
-        dressed: nn.Module = peft.get_peft_model(model, adapter)
-        return dressed
+    return Session(plan, model, tokenised, trainer.strategy, trainer, caches)

@@ -107,3 +107,15 @@ class TaskStream:
             if (other is not task or (within and not task.recall))
             and (count := leaked(other.train, task.eval))
         ]
+
+
+def class_names(listed: Sequence[str], tasks: Sequence[Task]) -> list[str]:
+    """The names of all classes: those listed, or all found in the tasks.
+
+    Whole numbers are put in their order, everything else is in the order of sight.
+    """
+    if listed:
+        return list(listed)
+    rows = (row for t in tasks for part in (t.train, t.eval) for row in part.rows)
+    found = list(dict.fromkeys(str(row["label"]) for row in rows))
+    return sorted(found, key=int) if all(map(str.isdecimal, found)) else found

@@ -243,9 +243,7 @@ def build_trainer(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or transformers would copy the model to all of them at each step
     if arguments.activation_checkpointing:
-        again = arguments.activation_checkpointing_kwargs or {}
-        if not again.get("use_reentrant"):
-            leave_inputs_alone(model)
+        leave_inputs_alone(model)
     trainer_class = ClassifierTrainer if kind == "classification" else TextTrainer
     if arguments.world_size != launched():
         raise RecipeError(

@@ -15,7 +15,7 @@ from keeptune.chain import Chain
 from keeptune.errors import MethodError
 from keeptune.method import ADDED
 from keeptune.methods._isolate import layers
-from keeptune.methods._isolate.bottlenecks import Bottleneck, feed_forward
+from keeptune.methods._isolate.bottlenecks import Bottleneck, Bottlenecks, feed_forward
 from keeptune.methods.adapters import Adapters
 from keeptune.methods.freeze import Freeze
 from keeptune.methods.packnet import PackNet
@@ -193,3 +193,15 @@ def test_it_is_refused_where_it_makes_no_sense() -> None:
             Chain([Adapters(), other])
     with pytest.raises(MethodError, match=r"'adapters' needs a model made of layers"):
         Adapters().begin_task(context(nn.Linear(2, 2)))
+
+
+def test_a_feed_forward_part_may_give_more_than_its_values() -> None:
+    parts = Bottlenecks()
+    parts.parts.append(Bottleneck(1, 4, 2))
+    parts.answering = [0]
+    with torch.no_grad():
+        parts.parts[0].offset.fill_(1.0)
+    scores = torch.ones(3)
+    values, more = parts._behind(0, nn.Identity(), (), (torch.zeros(2, 4), scores))
+    assert torch.equal(values, torch.ones(2, 4))
+    assert more is scores

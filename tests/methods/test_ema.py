@@ -8,10 +8,14 @@ from torch import nn
 
 import pico
 from keeptune.chain import Chain
-from keeptune.method import Context
+from keeptune.errors import MethodError
+from keeptune.method import Context, Method
 from keeptune.methods._slow import follow
 from keeptune.methods.ema import EMA
+from keeptune.methods.ilora import ILoRA
 from keeptune.methods.l2sp import L2SP
+from keeptune.methods.packnet import PackNet
+from keeptune.methods.wise import WiSE
 from pencil import Softmax, context
 
 
@@ -140,3 +144,12 @@ def test_switched_off_it_keeps_nothing_and_serves_the_weights_themselves() -> No
     method.serve(ctx, None)
     assert model.weight.item() == 2.0
     assert method.state().tensors == {}
+
+
+@pytest.mark.parametrize("other", [PackNet(), WiSE()])
+@pytest.mark.parametrize("slow", [EMA(), ILoRA()])
+def test_what_owns_or_moves_the_weights_at_a_tasks_end_does_not_go_with_it(
+    slow: Method, other: Method
+) -> None:
+    with pytest.raises(MethodError, match=other.name()):
+        Chain([slow, other])

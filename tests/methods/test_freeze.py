@@ -247,3 +247,14 @@ def test_a_store_gives_back_what_it_took_and_no_more_than_fits() -> None:
     assert not store.read(b"\x01", into)
     assert (len(store), store.used) == (1, 12)
     store.close()
+
+
+def test_a_cache_of_noise_is_refused(tmp_path: Any) -> None:
+    model, tokenizer = pico.causal_lm(), pico.tokenizer()
+    trainer = build_trainer(
+        "causal_lm", model, tokenizer, ROWS, [Freeze(layers=1, cache=True)],
+        {"output_dir": str(tmp_path), "max_steps": 2, "neftune_noise_alpha": 5.0},
+        collate(tokenizer),
+    )  # fmt: skip
+    with pytest.raises(MethodError, match="neftune_noise_alpha adds noise below the frozen"):
+        trainer.learn("a", ROWS)

@@ -6,8 +6,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from transformers import MambaConfig, MambaForCausalLM
 
 import pico
+from keeptune.methods._isolate.layers import units
 from keeptune.methods.half import Half
 from pencil import ONE_ROW, context
 
@@ -64,3 +66,16 @@ def test_a_layer_norm_in_a_berts_attention_is_a_norm() -> None:
 @pytest.mark.parametrize(("share", "attention"), [(0.25, [1, 1]), (0.75, [3, 3]), (0.0, [0, 0])])
 def test_any_share(share: float, attention: list[int]) -> None:
     assert per_layer(held(pico.causal_lm(), share=share), ".self_attn.") == attention
+
+
+def test_a_part_with_weights_of_its_own_beside_others_is_not_all_of_them() -> None:
+    config = MambaConfig(vocab_size=16, hidden_size=16, state_size=4, num_hidden_layers=4)
+    model = MambaForCausalLM(config)
+    for seed in range(3):
+        method, ctx = Half(), context(model, seed=seed)
+        method.begin_task(ctx)
+        assert 0.3 < method.evidence()["frozen_share"] < 0.7
+        method.end_task(ctx)
+    kinds = [name for name, _ in model.named_parameters() if ".layers.0.mixer." in name]
+    starts = [f"backbone.layers.0.{start}" for _, start in units(model.backbone.layers, 0)]
+    assert all(sum(name.startswith(start) for start in starts) == 1 for name in kinds)

@@ -10,9 +10,12 @@ from peft import LoraConfig
 from torch import Tensor
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
 from keeptune.methods._adapters import adapter_hash, factors
+from keeptune.methods.freeze import Freeze
 from keeptune.methods.inc_lora import IncLoRA
+from keeptune.methods.task_lora import TaskLoRA
 from pencil import context, learn
 
 IDS = torch.tensor([[6, 7, 8, 9, 10]])
@@ -127,3 +130,36 @@ def test_dora_is_refused() -> None:
     model = pico.adapted(pico.causal_lm(16), config)
     with pytest.raises(MethodError, match="'inc_lora' sums LoRA updates, which DoRA rescales"):
         IncLoRA().begin_task(context(model))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_another_method_freezes_stays_frozen(first: bool) -> None:
+    model, stacked, half = fresh(), IncLoRA(), Freeze(layers=1)
+    chain = Chain([stacked, half] if first else [half, stacked])
+    learn(model, chain, 0)
+    ctx = context(model, task="t1", index=1)
+    chain.begin_task(ctx)
+    wanted = set(ctx.trainable())
+    assert wanted
+    assert all(".layers.1." in name for name in wanted)
+    stacked.restore(ctx, stacked.state())  # as when the task is gone on with
+    assert set(ctx.trainable()) == wanted
+
+
+def test_biases_are_refused_before_anything_is_learned() -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", bias="lora_only")
+    ctx = context(pico.adapted(pico.causal_lm(16), config))
+    for method in (IncLoRA(), TaskLoRA()):
+        with pytest.raises(MethodError, match="Leave `bias: lora_only` out"):
+            method.begin_task(ctx)
+
+
+def test_a_further_adapter_starts_plain_however_the_first_one_did() -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa"
+    )
+    model, method = pico.adapted(pico.causal_lm(16), config), IncLoRA()
+    learn(model, method, 0)
+    after = answers(model)
+    method.begin_task(context(model, task="t1", index=1))
+    torch.testing.assert_close(answers(model), after, atol=1e-5, rtol=1e-5)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import pico
+from keeptune.errors import MethodError
+from keeptune.method import State
 from keeptune.methods._factors import low_rank
 from keeptune.methods.merge import Merge, merged, slerp
 from pencil import Softmax, context
@@ -68,6 +70,20 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
     assert low_rank(torch.zeros(3, 3), 1)[2] == 0.0
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_a_rank_above_the_matrix_is_filled_up(shape: tuple[int, int]) -> None:
+    update = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double()
+    a, b, error = low_rank(update, 4)
+    assert (a.shape, b.shape, error) == ((4, shape[1]), (shape[0], 4), 0.0)
+    torch.testing.assert_close(b @ a, update)
+
+
+def test_no_update_leaves_an_adapter_that_can_learn() -> None:
+    a, b, _ = low_rank(torch.zeros(6, 5), 2)
+    assert not b.any()
+    torch.testing.assert_close(a.norm(dim=1), torch.full((2,), 3**-0.5).double())
+
+
 def teach(method: Merge, model: Any, index: int, weights: Any) -> float:
     """A task that ends with these weights; returns the first one that it began with."""
     ctx = context(model, index=index)
@@ -79,18 +95,52 @@ def teach(method: Merge, model: Any, index: int, weights: Any) -> float:
     return begun
 
 
-@pytest.mark.parametrize(("start", "third"), [("first", 1.0), ("merged", 5.0)])
-def test_vectors_are_from_the_first_weights_and_kept(start: str, third: float) -> None:
-    model = Softmax([[1.0, 0.0]])
-    method = Merge(form="task_arithmetic", strength=0.5, start=start)
+def test_vectors_are_from_the_first_weights_and_kept() -> None:
+    model, method = Softmax([[1.0, 0.0]]), Merge(form="task_arithmetic", strength=0.5)
     assert teach(method, model, 0, [5.0, 0.0]) == 1.0
     assert model.weight.tolist() == [[5.0, 0.0]]  # one alone is not merged
     teach(method, model, 1, [5.0, 2.0])
     assert model.weight.tolist() == [[5.0, 1.0]]  # 1 + (4 + 4)/2, (0 + 2)/2
     assert method.evidence()["moved"] == 1.0
-    assert teach(method, model, 2, [1.0, 4.0]) == third
+    assert teach(method, model, 2, [1.0, 4.0]) == 1.0
     assert model.weight.tolist() == [[5.0, 3.0]]
     assert method.declared_bytes(context(model)) == 4 * 2 * 8
+
+
+def test_a_task_may_start_from_merged_weights() -> None:
+    model, method = Softmax([[1.0, 0.0]]), Merge(strength=0.5, start="merged")
+    teach(method, model, 0, [5.0, 0.0])
+    assert teach(method, model, 1, [5.0, 2.0]) == 5.0
+    # A fifth of two is none, but one is kept of each: [4, 0] and [4, 0] of [4, 2].
+    assert model.weight.tolist() == [[3.0, 0.0]]
+    assert teach(method, model, 2, [1.0, 4.0]) == 3.0
+
+
+@pytest.mark.parametrize("form", ["task_arithmetic", "dare"])
+def test_sums_from_merged_weights_are_refused(form: Any) -> None:
+    with pytest.raises(MethodError, match=f"Merge.form {form} adds all vectors up"):
+        Merge(form=form, start="merged")
+
+
+def test_weights_that_only_some_tasks_train_are_merged_and_put_back() -> None:
+    model: Any = pico.causal_lm()
+    one, other = model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.up_proj
+    first = [part.weight.detach().clone() for part in (one, other)]
+    method = Merge(form="task_arithmetic")
+    for index, part in enumerate((one, other, one)):
+        ctx = context(model, index=index)
+        model.requires_grad_(False)
+        part.requires_grad_(True)
+        method.begin_task(ctx)
+        assert all(torch.equal(p.weight, w) for p, w in zip((one, other), first, strict=True))
+        with torch.no_grad():
+            part.weight.add_(1.0)
+        method.end_task(ctx)
+        kept = State(*(dict(part) for part in (method.state().tensors, method.state().values)))
+        method = Merge(form="task_arithmetic")
+        method.restore(ctx, kept)
+    for part, was, by in ((one, first[0], 2.0), (other, first[1], 1.0)):
+        torch.testing.assert_close(part.weight, was + by)
 
 
 def updates(model: Any) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import pico
@@ -160,3 +161,15 @@ def test_evidence_is_the_share_of_the_gradient_that_was_taken_out() -> None:
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(MethodError, match="directions of linear layers, but none is trained"):
         OSF().begin_task(context(Softmax([[1.0]])))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_head_of_a_classifier_is_free(lora: bool) -> None:
+    model: Any = pico.classifier(4)
+    if lora:
+        model = pico.adapted(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    ctx = context(model)
+    held = dict(_subspace.old_directions(ctx, 0.5))
+    assert len(held) == (28 if lora else 14)
+    assert not any("score" in name for name in held)
+    assert any("score" in name for name in ctx.trainable())

@@ -283,3 +283,31 @@ def test_it_is_refused_where_it_makes_no_sense() -> None:
     pairs = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
     with pytest.raises(MethodError, match=r"every pair of positions.*cache_implementation"):
         model(input_ids=IDS, attention_mask=pairs)
+
+
+def test_a_row_too_long_for_what_stands_before_it_is_refused() -> None:
+    model, _, _ = prompted("gpt2")
+    model(input_ids=torch.ones(1, 61, dtype=torch.long))
+    with pytest.raises(MethodError, match=r"62 tokens and 3 vectors.* max_length to 61"):
+        model(input_ids=torch.ones(1, 62, dtype=torch.long))
+
+
+def test_a_prompt_starts_at_the_scale_that_the_model_reads() -> None:
+    model: Any = pico.causal_lm(16)
+    model.set_input_embeddings(Scaled(model.get_input_embeddings()))
+    method = PromptTuning(length=LENGTH)
+    method.begin_task(context(model))
+    rows = next(iter(getattr(model, ADDED))).rows
+    every = model.get_input_embeddings()(torch.arange(16))
+    assert all(any(torch.equal(row, word) for word in every) for row in rows)
+
+
+class Scaled(torch.nn.Module):
+    """Embeddings that are scaled as they are looked up."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.weight = own.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 8.0 * self.weight[ids]

@@ -140,3 +140,15 @@ def test_without_bm25s_one_sentence_says_what_to_install(monkeypatch: pytest.Mon
     with pytest.raises(MethodError, match=r"pip install 'keeptune\[retrieval\]'"):
         Retrieval()
     Retrieval(by="hidden")
+
+
+def test_what_a_task_changes_in_the_model_is_seen_in_the_rows_too() -> None:
+    method = Retrieval(by="hidden", top=1)
+    ctx = learned(method)
+    method.serve(ctx, "t0")
+    method.prompt(ctx, [6, 7], 100)
+    before = method._index
+    method.serve(ctx, "t0")
+    assert method._index is before
+    method.serve(ctx, "t1")  # in which another method may have put other weights in place
+    assert method._index is None

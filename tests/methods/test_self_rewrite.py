@@ -135,8 +135,11 @@ def test_the_base_model_writes_below_its_adapter() -> None:
         seen.clear()
         method, ctx = SelfRewrite(writer=writer, longest=2), context(model, DATA)  # type: ignore[arg-type]
         method.begin_task(ctx)
+        layer.lora_A["default"].requires_grad_(False)  # as another method freezes it
         method.data(ctx, DATA)
         assert set(seen) == {want}
+        assert not layer.lora_A["default"].weight.requires_grad
+        assert layer.lora_B["default"].weight.requires_grad
 
 
 def test_what_it_cannot_do_is_refused() -> None:

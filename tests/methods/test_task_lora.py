@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config
+from peft import IA3Config, LoraConfig
 from torch import Tensor
 
 import pico
@@ -208,7 +208,7 @@ def test_the_classifier_is_linear_discriminant_analysis() -> None:
 def test_a_question_ends_where_its_answer_begins() -> None:
     assert question({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}) == [5, 6]
     assert question({"input_ids": [5, 6], "labels": 3}) == [5, 6]
-    assert question({"input_ids": [5, 6], "labels": [5, 6]}) == [5]
+    assert question({"input_ids": [5, 6], "labels": [5, 6]}) == [5, 6]
 
 
 def test_hidden_states_are_the_base_models_and_do_not_depend_on_the_batch() -> None:
@@ -259,3 +259,32 @@ def test_nothing_is_chosen_among_fewer_than_two_or_by_merge() -> None:
     assert TaskLoRA(unknown="nearest").route(context(model), [[6]]) is None
     method._adapters.popitem()
     assert method.route(context(model), [[6]]) is None
+
+
+def test_the_mean_of_rank_stabilised_adapters_is_their_mean() -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_rslora=True)
+    model: Any = pico.adapted(pico.causal_lm(16), config)
+    method, updates = TaskLoRA(), []
+    for index in range(3):
+        learn(model, method, index)
+        updates.append(delta(model, f"task_{index:03d}"))
+    method.serve(context(model), None)
+    torch.testing.assert_close(delta(model, "merged"), sum(updates) / 3)
+
+
+def delta(model: Any, adapter: str) -> Tensor:
+    """What an adapter adds to one matrix."""
+    part = model.get_base_model().model.layers[0].mlp.up_proj
+    return part.get_delta_weight(adapter).detach().clone()
+
+
+def test_what_has_no_mean_is_refused_before_anything_is_learned() -> None:
+    heads = pico.adapted(
+        pico.classifier(), LoraConfig(task_type="SEQ_CLS", target_modules=["v_proj"])
+    )
+    with pytest.raises(MethodError, match=r"a head, or other whole modules.*`unknown: nearest`"):
+        TaskLoRA().begin_task(context(heads))
+    TaskLoRA(unknown="nearest").begin_task(context(heads))
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], use_dora=True)
+    with pytest.raises(MethodError, match="DoRA"):
+        TaskLoRA().begin_task(context(pico.adapted(pico.causal_lm(), config)))

@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 import pico
 from keeptune.errors import MethodError
 from keeptune.layers import blocks_of
+from keeptune.method import Method
 from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.methods._guarded import share_within, text_loss
+from keeptune.methods.merge import Merge
+from keeptune.methods.osf import OSF
 from keeptune.methods.wise import WiSE
 from pencil import ONE_ROW, Softmax, context, texts
 
@@ -290,3 +295,49 @@ def test_factors_come_in_pairs_and_lone_ones_alone() -> None:
         ("y.lora_B.default.w", None),
         ("z.w", None),
     ]
+    of_words = ["w.lora_embedding_A.default", "w.lora_embedding_B.default"]
+    assert list(in_pairs(of_words)) == [tuple(of_words)]
+
+
+@pytest.mark.parametrize("mix", [0.0, (0.0, 0.0, 0.0)])
+def test_under_lora_nothing_of_the_task_is_the_adapter_before_bit_for_bit(mix: Any) -> None:
+    model = peft.get_peft_model(
+        pico.causal_lm(16), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    )
+    method, ctx = WiSE(mix=mix), context(model)
+    before = {name: weight.detach().clone() for name, weight in ctx.trainable().items()}
+    method.begin_task(ctx)
+    with torch.no_grad():
+        for weight in ctx.trainable().values():
+            weight.add_(0.1)
+    method.end_task(ctx)
+    # B is 0 again, but A is not: with both at 0 no later task would learn.
+    assert all(torch.equal(weight, before[name]) for name, weight in ctx.trainable().items())
+
+
+@pytest.mark.parametrize("rank", [4, 24])
+def test_embeddings_and_high_ranks_are_interpolated_too(rank: int) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, target_modules=["embed_tokens", "k_proj", "q_proj"]
+    )
+    model: Any = pico.adapted(pico.causal_lm(16), config)
+    method, ctx = WiSE(mix=0.5), context(model)
+    method.begin_task(ctx)
+    before = updates(model)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in ctx.trainable().items():
+            if "_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=g))
+    after = updates(model)
+    method.end_task(ctx)
+    for name, update in updates(model).items():
+        dense = 0.5 * before[name] + 0.5 * after[name]
+        torch.testing.assert_close(update, dense, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [WiSE(), Merge(), OSF()])
+def test_what_reads_an_update_off_its_factors_refuses_dora(method: Method) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=True)
+    with pytest.raises(MethodError, match="which DoRA rescales row by row"):
+        method.begin_task(context(pico.adapted(pico.causal_lm(16), config)))

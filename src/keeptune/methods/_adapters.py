@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
 import torch
 from torch import nn
 
+from keeptune.errors import MethodError
 from keeptune.method import Context
 
 FIRST = "default"  # the adapter that a model is dressed with
@@ -29,6 +32,7 @@ def add_adapter(ctx: Context, name: str, *, head: bool = True) -> None:
     model: Any = ctx.model
     config = copy.deepcopy(model.peft_config[FIRST])
     config.inference_mode = False
+    config.init_lora_weights = True  # others, as PiSSA's, would take a second part out of the base
     devices = [ctx.device] if ctx.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(ctx.random("adapter").integers(2**31)))
@@ -38,6 +42,57 @@ def add_adapter(ctx: Context, name: str, *, head: bool = True) -> None:
             config.modules_to_save, config.lora_dropout = None, 0.0
             # A classifier's own `add_adapter` would add a head.
             peft.PeftModel.add_adapter(model, name, config)
+
+
+def refuse_dora(ctx: Context, who: str, does: str) -> None:
+    """Refuse an adapter whose update is not B A alone.
+
+    Args:
+        ctx: The task.
+        who: The method.
+        does: What it does, that B A is needed for.
+
+    Raises:
+        MethodError: The adapter is a DoRA.
+    """
+    configs: dict[str, Any] = getattr(ctx.model, "peft_config", {})
+    if any(getattr(config, "use_dora", False) for config in configs.values()):
+        raise MethodError(
+            f"The method {who!r} {does}, which DoRA rescales row by row. Leave `use_dora` out of "
+            "the adapter's options, or remove the method."
+        )
+
+
+def refuse_biases(ctx: Context, who: str) -> None:
+    """Refuse biases that one adapter trains, where a method adds more of them.
+
+    Args:
+        ctx: The task.
+        who: The method.
+
+    Raises:
+        MethodError: The first adapter trains biases.
+    """
+    model: Any = ctx.model
+    if (bias := getattr(model.peft_config[FIRST], "bias", "none")) != "none":
+        raise MethodError(
+            f"The method {who!r} adds an adapter with each task, and only one adapter of a model "
+            f"can train biases. Leave `bias: {bias}` out of the adapter's options, or remove the "
+            "method."
+        )
+
+
+@contextmanager
+def base_alone(ctx: Context) -> Iterator[None]:
+    """The model without its adapters for a moment; what is trained stays trained."""
+    model: Any = ctx.model
+    learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in learned:  # PEFT freezes all adapters, and frees the active one
+            parameter.requires_grad_(flag)
 
 
 def factors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
+FRESH = 3**-0.5  # norm of a row of A as PEFT draws it, on average
+
 
 def in_pairs(names: Collection[str]) -> Iterator[tuple[str, str | None]]:
     """Each weight once: A of a LoRA module with its B, where both are there; any other alone."""
     for name in names:
-        a, b = (name.replace(f".lora_{x}.", f".lora_{y}.") for x, y in ("BA", "AB"))
+        a, b = (re.sub(r"\.(lora|lora_embedding)_[AB]\b", rf".\1_{x}", name) for x in "AB")
         if a == name or a not in names:
             yield name, b if b != name and b in names else None
 
@@ -32,15 +35,10 @@ def mix_factors(
         A [r, in], B [out, r], and the relative Frobenius error of the cut to rank r.
     """
     (a0, b0), (a1, b1) = old, new
-    rank = a0.shape[0]
     left, left_r = torch.linalg.qr(torch.cat([(1 - mix) * b0, mix * b1], 1).double())
     right, right_r = torch.linalg.qr(torch.cat([a0, a1], 0).double().T)
     u, s, vh = torch.linalg.svd(left_r @ right_r.T)
-    root = s[:rank].sqrt()
-    b = (left @ u[:, :rank]) * root
-    a = root[:, None] * (vh[:rank] @ right.T)
-    total = s.square().sum()
-    error = float((s[rank:].square().sum() / total).sqrt()) if total > 0 else 0.0
+    a, b, error = _divided(left @ u, s, vh @ right.T, a0.shape[0])
     return a.to(a0.dtype), b.to(b0.dtype), error
 
 
@@ -49,13 +47,36 @@ def low_rank(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
     Args:
         update: [out, in].
-        rank: At most min(out, in).
+        rank: Any; what is above min(out, in) is nothing.
 
     Returns:
         A [rank, in], B [out, rank], and the relative Frobenius error.
     """
-    u, s, vh = torch.linalg.svd(update.double(), full_matrices=False)
-    root = s[:rank].sqrt()
+    u, s, vh = torch.linalg.svd(update.double(), full_matrices=rank > min(update.shape))
+    return _divided(u, s, vh, rank)
+
+
+def _divided(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Factors of Σ sᵢ uᵢ vᵢᵀ, cut to a rank.
+
+    Where sᵢ is nothing, a row of A still is something, as in a new adapter: with both factors 0
+    neither would ever have a gradient again.
+
+    Args:
+        u: [out, ≥ len(s)], orthonormal columns.
+        s: Falling.
+        vh: [n, in], orthonormal rows; those after the first len(s) are used only so.
+        rank: Of the factors; where there are too few directions both are filled up with 0.
+
+    Returns:
+        A [rank, in], B [out, rank], and the relative Frobenius error.
+    """
+    kept = s[:rank]
+    is_some = kept > kept[0] * 1e-12  # none of a zero update
+    a, b = vh.new_zeros(rank, vh.shape[1]), u.new_zeros(u.shape[0], rank)
+    a[: len(vh)] = vh[:rank] * FRESH
+    a[: len(kept)][is_some] = kept[is_some].sqrt()[:, None] * vh[: len(kept)][is_some]
+    b[:, : len(kept)][:, is_some] = u[:, : len(kept)][:, is_some] * kept[is_some].sqrt()
     total = s.square().sum()
     error = float((s[rank:].square().sum() / total).sqrt()) if total > 0 else 0.0
-    return root[:, None] * vh[:rank], u[:, :rank] * root, error
+    return a, b, error

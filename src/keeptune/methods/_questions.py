@@ -23,9 +23,9 @@ def questions(ctx: Context, most: int) -> list[Ids]:
 
 
 def question(row: dict[str, Any]) -> Ids:
-    """What comes before a row's first answer; of a classifier's row, all of it."""
+    """What comes before a row's first answer; of a text's row and a classifier's, all of it."""
     ids, labels = list(row["input_ids"]), row["labels"]
-    if isinstance(labels, int):
+    if isinstance(labels, int) or labels[0] != IGNORED:
         return ids
     first = next((i for i, label in enumerate(labels) if i and label != IGNORED), len(ids))
     return ids[:first]

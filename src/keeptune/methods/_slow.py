@@ -33,7 +33,7 @@ class Slow(Method):
     neutral: ClassVar[dict[str, Any]] = {"decay": 0.0}
     proof: ClassVar[str] = "moved"
     active_from: ClassVar[int] = 0
-    excludes: ClassVar[frozenset[str]] = frozenset({"structure", "restart"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"isolation", "moves", "restart", "structure"})
 
     _slow: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _fast: dict[str, Tensor] = PrivateAttr(default_factory=dict)

@@ -14,9 +14,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from pydantic import PrivateAttr
 
-from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
-from keeptune.methods._adapters import FIRST, add_adapter, factors
+from keeptune.methods._adapters import FIRST, add_adapter, factors, refuse_biases, refuse_dora
 from keeptune.methods._anchor.shards import refuse_shards
 
 
@@ -39,12 +38,8 @@ class Stacked(Method):
         Raises:
             MethodError: The adapters cannot be summed, or FSDP has sharded them.
         """
-        model: Any = ctx.model
-        if model.peft_config[FIRST].use_dora:
-            raise MethodError(
-                f"The method {self.name()!r} sums LoRA updates, which DoRA rescales each by "
-                "itself. Leave `use_dora` out of the adapter's options, or remove the method."
-            )
+        refuse_dora(ctx, self.name(), "sums LoRA updates")
+        refuse_biases(ctx, self.name())
         refuse_shards(ctx, self.name(), "adds weights to a model that FSDP has sharded")
         if self._learned > len(self._frozen):
             self._freeze(ctx)
@@ -65,6 +60,7 @@ class Stacked(Method):
     def _stack(self, ctx: Context, names: list[str]) -> None:
         """Let these adapters, frozen, and the trained one work together."""
         model: Any = ctx.model
+        trained = [(p, p.requires_grad) for p in factors(model, FIRST).values()]
         for name in names:
             if name not in model.peft_config:
                 add_adapter(ctx, name, head=False)
@@ -76,6 +72,8 @@ class Stacked(Method):
         for name in names:
             for factor in factors(model, name).values():
                 factor.requires_grad_(False)
+        for factor, flag in trained:  # others may have frozen some; PEFT frees what is active
+            factor.requires_grad_(flag)
         self._frozen = names
 
     def _stacked(self, ctx: Context) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -62,8 +63,7 @@ def strongest(weight: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def old_directions(ctx: Context, share: float) -> Iterator[tuple[str, Old]]:
     """What is held of every linear layer that is trained, by its parameters' names."""
-    trained = ctx.trainable()
-    head = getattr(ctx.model, "get_output_embeddings", lambda: None)()
+    trained, free = ctx.trainable(), _outside(ctx.model)
     for name, module in ctx.model.named_modules():
         if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), nn.Linear):
             stem = f"{name}.lora_{{}}.{FIRST}.weight"
@@ -76,7 +76,16 @@ def old_directions(ctx: Context, share: float) -> Iterator[tuple[str, Old]]:
                 yield stem.format("A"), held[0]
                 yield stem.format("B"), held[1]
             continue
-        is_layer = isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+        is_layer = isinstance(module, nn.Linear) and module not in free and ".lora_" not in name
         if is_layer and f"{name}.weight" in trained:
             u, s, v = strongest(module.weight, share)
             yield f"{name}.weight", Old(u, v, s)
+
+
+def _outside(model: Any) -> set[nn.Module]:
+    """The head, of a language model or of classes, with what PEFT has put around it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(inner, "base_model", inner)
+    free = set(inner.modules()) - set(backbone.modules()) if backbone is not inner else set()
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    return free if head is None else free | set(head.modules())

@@ -14,9 +14,10 @@ Cost: one copy of the trained weights for each task and one of the first (adapte
 Use when: tasks were, or can be, learned apart from each other, and no old data may be kept.
 Not when: tasks build on each other, or are many: the memory grows with each.
 Differs from the paper: the merge is done anew after each task of a stream. `start: merged` trains
-    each task from the merged weights, where the papers train all from the same first ones. Vectors
-    are merged tensor by tensor, each with its own limit and angle. Under LoRA the effective updates
-    B A are merged, then cut to the adapter's rank; the error of the cut is in the evidence.
+    each task from the merged weights, where the papers train all from the same first ones; sums
+    are refused there, since each vector then holds those before it. Vectors are merged tensor by
+    tensor, each with its own limit and angle. Under LoRA the effective updates B A are merged, then
+    cut to the adapter's rank; the error of the cut is in the evidence; DoRA is refused.
 Status: contract tested
 """
 
@@ -26,10 +27,12 @@ from typing import ClassVar, Literal
 
 import torch
 from peft.utils import merge_utils
-from pydantic import Field, PrivateAttr
-from torch import Tensor
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
 
+from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State, wide
+from keeptune.methods._adapters import refuse_dora
 from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._factors import in_pairs, low_rank
 
@@ -56,6 +59,8 @@ def merged(vectors: list[Tensor], form: Form, density: float) -> Tensor:
             found = slerp(found, vector, 1 / number)
         return found
     equal = torch.ones(len(vectors), dtype=vectors[0].dtype, device=vectors[0].device)
+    # PEFT keeps ⌊density · n⌋ of n, which is none of a few.
+    density = max(density, min(1.0, 1.5 / vectors[0].numel()))
     total: Tensor
     if form == "task_arithmetic":
         total = merge_utils.task_arithmetic(vectors, equal)
@@ -82,6 +87,15 @@ class Merge(Method):
     traits: ClassVar[frozenset[str]] = frozenset({"restart"})
     excludes: ClassVar[frozenset[str]] = frozenset({"anchor", "restart", "structure"})
 
+    @model_validator(mode="after")
+    def _adds_nothing_twice(self) -> Merge:
+        if self.start == "merged" and self.form in ("task_arithmetic", "dare"):
+            raise MethodError(
+                f"Merge.form {self.form} adds all vectors up, but with start: merged each already "
+                "holds those before it. Use start: first, or another form."
+            )
+        return self
+
     _first: Weights = PrivateAttr(default_factory=dict)
     _ends: list[Weights] = PrivateAttr(default_factory=list)
 
@@ -90,23 +104,25 @@ class Merge(Method):
         """Keep the first weights, or go back to them.
 
         Raises:
-            MethodError: The weights are spread over processes.
+            MethodError: The weights are spread over processes, or the adapter is a DoRA.
         """
         why = "needs whole weights, but FSDP spreads them over processes"
         refuse_shards(ctx, self.name(), why)
-        if not self._first:
-            self._first = _copy(ctx)
-        elif self.start == "first":
-            for name, weight in ctx.trainable().items():
+        refuse_dora(ctx, self.name(), "merges LoRA's updates")
+        if self.start == "first":
+            for name, weight in self._weights(ctx).items():
                 weight.copy_(self._first[name])
+        for name, weight in ctx.trainable().items():
+            if name not in self._first:
+                self._first[name] = weight.detach().clone()
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
         """Keep this task's weights; from the second on put the merged ones in their place."""
-        self._ends.append(_copy(ctx))
+        weights, squares, worst = self._weights(ctx), 0.0, 0.0
+        self._ends.append({name: weight.detach().clone() for name, weight in weights.items()})
         if len(self._ends) < 2:
             return
-        weights, squares, worst = ctx.trainable(), 0.0, 0.0
         devices = [ctx.device] if ctx.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(ctx.random(self.form).integers(2**63)))
@@ -123,8 +139,13 @@ class Merge(Method):
                     old.copy_(new)
         self._evidence.update(moved=squares**0.5, worst_cut_error=worst, vectors=len(self._ends))
 
+    def _weights(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """All that were ever trained; `half` trains others in each task."""
+        return {n: p for n, p in ctx.model.named_parameters() if n in self._first}
+
     def _all(self) -> list[Weights]:
-        return [self._first, *self._ends]
+        """The first weights and those after each task, which some were not trained in."""
+        return [self._first, *({**self._first, **kept} for kept in self._ends)]
 
     def _merged(self, values: list[Tensor]) -> Tensor:
         """The merged value of the first one and those after each task."""
@@ -133,7 +154,11 @@ class Merge(Method):
 
     def state(self) -> State:
         """The first weights and those after each task."""
-        every = {f"{i}/{n}": t for i, kept in enumerate(self._all()) for n, t in kept.items()}
+        every = {
+            f"{i}/{n}": t
+            for i, kept in enumerate([self._first, *self._ends])
+            for n, t in kept.items()
+        }
         return State(every, {"tasks": len(self._ends)})
 
     def restore(self, ctx: Context, state: State) -> None:
@@ -146,9 +171,4 @@ class Merge(Method):
 
     def declared_bytes(self, ctx: Context) -> int:
         """A copy of the trained weights for each task, and one of the first."""
-        weights = sum(p.nbytes for p in ctx.trainable().values())
-        return weights * (bool(self._first) + len(self._ends))
-
-
-def _copy(ctx: Context) -> Weights:
-    return {name: weight.detach().clone() for name, weight in ctx.trainable().items()}
+        return sum(t.nbytes for kept in (self._first, *self._ends) for t in kept.values())

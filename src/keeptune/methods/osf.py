@@ -17,7 +17,7 @@ Differs from the paper: the share of old directions is the same in all matrices 
     authors' code each factor stays in its complement, which is stricter than the formula for G in
     the paper; the weights are held as well, since AdamW leaves the subspace though each gradient is
     in it (PEFT's adapter `osf` projects gradients only). Under LoRA the changes of B and A are held
-    so, which keeps Uᵀ W V, but no single factor of W.
+    so, which keeps Uᵀ W V, but no single factor of W; DoRA is refused.
 Status: contract tested
 """
 
@@ -30,6 +30,7 @@ from pydantic import Field, PrivateAttr
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State, wide
+from keeptune.methods._adapters import refuse_dora
 from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._subspace import Old, old_directions
 
@@ -52,10 +53,12 @@ class OSF(Method):
         """Find the old directions of the present weights.
 
         Raises:
-            MethodError: FSDP has sharded the weights, or no linear layer is trained.
+            MethodError: FSDP has sharded the weights, the adapter is a DoRA, or no linear layer is
+                trained.
         """
         if not self.ratio:
             return
+        refuse_dora(ctx, self.name(), "holds LoRA's update")
         why = "needs whole matrices, but FSDP spreads them over processes"
         refuse_shards(ctx, self.name(), why)
         # One direction at least is left to learn in.

@@ -104,6 +104,8 @@ class Retrieval(Method):
 
     def serve(self, ctx: Context, task: str | None) -> None:
         """Look up this task's rows only, or those of all when it is unknown."""
+        if self.by == "hidden" and task != self._task:
+            self._forget()  # with other weights the model may see likeness otherwise
         self._task = task
 
     def prompt(self, ctx: Context, ids: Ids, room: int) -> Ids:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
+from keeptune.methods._adapters import base_alone
 from keeptune.methods._writing.agreement import Agree
 from keeptune.methods._writing.rewriting import Rewriter
 from keeptune.methods._writing.sampling import require_writer
@@ -95,8 +96,7 @@ class SelfRewrite(Method):
         count = round(self.ratio * len(ctx.dataset))
         places = sorted(ctx.random("rewrite").permutation(len(ctx.dataset))[:count].tolist())
         rewriter = Rewriter(self.agree, self.longest, self.top_k)
-        model: Any = ctx.model
-        with model.disable_adapter() if self.writer == "base" else nullcontext():
+        with base_alone(ctx) if self.writer == "base" else nullcontext():
             found, counts = rewriter.rewrite(ctx, rows_of(ctx.dataset), places)
         self._places = torch.tensor(list(found), dtype=torch.int64)
         self._stock = Stock()

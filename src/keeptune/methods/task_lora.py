@@ -24,11 +24,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from pydantic import Field, PrivateAttr
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Ids, Method, State
-from keeptune.methods._adapters import FIRST, adapter_hash, add_adapter
+from keeptune.methods._adapters import (
+    FIRST,
+    adapter_hash,
+    add_adapter,
+    refuse_biases,
+    refuse_dora,
+)
 from keeptune.methods._questions import Router, hidden, questions
 
 MERGED = "merged"
@@ -59,14 +67,30 @@ class TaskLoRA(Method):
         self._router = None if self.unknown == "merge" else Router(self.unknown)
 
     def begin_task(self, ctx: Context) -> None:
-        """Add and train one more adapter."""
+        """Add and train one more adapter.
+
+        Raises:
+            MethodError: The adapters train biases, or cannot be merged as `unknown` asks.
+        """
         model: Any = ctx.model
+        refuse_biases(ctx, self.name())
+        if self.unknown == "merge":
+            self._refuse_unmerged(ctx)
         self._drop_merged(model)
         self._hashes = {t: adapter_hash(model, a) for t, a in self._adapters.items()}
         name = f"task_{ctx.index:03d}"
         add_adapter(ctx, name)
         self._adapters[ctx.task] = name
         model.set_adapter(name)
+
+    def _refuse_unmerged(self, ctx: Context) -> None:
+        refuse_dora(ctx, self.name(), "with `unknown: merge` averages LoRA's updates")
+        if any(isinstance(module, ModulesToSaveWrapper) for module in ctx.model.modules()):
+            raise MethodError(
+                "task_lora trains a head, or other whole modules, of each task's own here, and "
+                "with `unknown: merge` they cannot be averaged. Use `unknown: nearest` or "
+                "`classifier`."
+            )
 
     @staticmethod
     def _drop_merged(model: Any) -> None:
@@ -109,6 +133,11 @@ class TaskLoRA(Method):
             weights = [1 / len(adapters)] * len(adapters)
             # "cat" stacks the factors and is exact; "linear" would mix A and B apart.
             model.add_weighted_adapter(adapters, weights, MERGED, combination_type="cat")
+            # PEFT means a scale of 1, but writes an alpha that rsLoRA divides by √r only.
+            model.peft_config[MERGED].use_rslora = False
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer) and MERGED in layer.scaling:
+                    layer.scaling[MERGED] = 1.0
             model.set_adapter(MERGED, inference_mode=True)
 
     def state(self) -> State:

@@ -13,11 +13,11 @@ Use when: you want the simplest protection of general knowledge, with or without
 Not when: tasks are facts to be memorised: the weights half-way often hold neither well.
 Differs from the paper: applied after every task of a stream, with the weights before that task as
     the other end. Under LoRA the effective update ΔW = scale · B A is interpolated, then cut to the
-    adapter's rank by SVD; the error of the cut is in the evidence. HMA looks for its blocks' mix,
-    whose mean it fixes, by training; here the three are given. The paper chooses the mix by
-    accuracy on held-out images, or takes 0.5; `guard` goes by the loss of texts, mean over the
-    texts of nats a token, with the cut to the adapter's rank in it. As halving looks at few
-    places, a larger share might hold too where the loss falls and rises again in between.
+    adapter's rank by SVD; the error of the cut is in the evidence; DoRA is refused. HMA looks for
+    its blocks' mix, whose mean it fixes, by training; here the three are given. The paper chooses
+    the mix by accuracy on held-out images, or takes 0.5; `guard` goes by the loss of texts, mean
+    over the texts of nats a token, with the cut to the adapter's rank in it. As halving looks at
+    few places, a larger share might hold too where the loss falls and rises again in between.
 Status: contract tested
 """
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from keeptune.errors import MethodError
 from keeptune.layers import blocks_of
 from keeptune.method import Context, Method, State
+from keeptune.methods._adapters import refuse_dora
 from keeptune.methods._factors import in_pairs, mix_factors
 from keeptune.methods._guarded import guard_texts, share_within, text_loss
 from keeptune.methods._thirds import OneOrThree
@@ -67,7 +68,8 @@ class WiSE(Method):
         """Keep the weights before the task, and read the guard's texts.
 
         Raises:
-            MethodError: There is a guard, and no text of it, nothing to choose, or a classifier.
+            MethodError: There is a guard, and no text of it, nothing to choose, or a classifier;
+                or the adapter is a DoRA.
         """
         if self.guard and not self._active():
             raise MethodError(
@@ -78,6 +80,7 @@ class WiSE(Method):
         if self.guard:
             self._texts = guard_texts(ctx, self.guard, "WiSE.guard")
         if self._active():
+            refuse_dora(ctx, self.name(), "interpolates LoRA's update")
             self._before = {n: p.detach().clone() for n, p in ctx.trainable().items()}
 
     @torch.no_grad()
@@ -100,18 +103,18 @@ class WiSE(Method):
             mix = share * mixes[blocks[name]]
             if mix == 1:
                 continue
-            if partner is not None:
-                pair = [(weights[n], self._before[n]) for n in (name, partner)]
-                (a, a_old), (b, b_old) = pair
-                new_a, new_b, error = mix_factors((a_old, b_old), (a, b), mix)
-                squares += float((new_a - a).square().sum() + (new_b - b).square().sum())
-                a.copy_(new_a)
-                b.copy_(new_b)
-                worst = max(worst, error)
+            own = [name] if partner is None else [name, partner]
+            old, now = [self._before[n] for n in own], [weights[n] for n in own]
+            if mix == 0:
+                new = old
+            elif partner is None:
+                new = [now[0] + (1 - mix) * (old[0] - now[0])]
             else:
-                step = (1 - mix) * (self._before[name] - weights[name])
-                squares += float(step.square().sum())
-                weights[name].add_(step)
+                *new, error = mix_factors((old[0], old[1]), (now[0], now[1]), mix)
+                worst = max(worst, error)
+            for weight, value in zip(now, new, strict=True):
+                squares += float((value - weight).square().sum())
+                weight.copy_(value)
         return squares, worst
 
     def _choose(self, ctx: Context) -> float:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from keeptune.answers import Answers
 from keeptune.method import Batch, Context
+from keeptune.methods._adapters import base_alone
 
 
 class Frozen:
@@ -47,14 +48,8 @@ class Frozen:
 
 def without_adapter(ctx: Context, batch: Batch) -> Answers:
     """What the base model says at a batch's answers, without dropout and without gradients."""
-    model: Any = ctx.model
-    learned = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            return _answers(ctx, batch, model)
-    finally:
-        for parameter, flag in learned:  # PEFT freezes all adapters, and frees the active one
-            parameter.requires_grad_(flag)
+    with base_alone(ctx):
+        return _answers(ctx, batch, ctx.model)
 
 
 def _answers(ctx: Context, batch: Batch, call: Callable[..., Any]) -> Answers:

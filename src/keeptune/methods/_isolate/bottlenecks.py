@@ -57,9 +57,11 @@ class Bottlenecks(Parts):
         for index in range(len(stack)):
             feed_forward(stack, index).register_forward_hook(partial(self._behind, index))
 
-    def _behind(self, index: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    def _behind(self, index: int, module: nn.Module, inputs: Any, output: Any) -> Any:
         if not self.answering:
             return None
-        said = [part(index, wide(output)) for part in self.chosen()]
+        values, *more = output if isinstance(output, tuple) else (output,)
+        said = [part(index, wide(values)) for part in self.chosen()]
         mean = torch.stack(said).mean(0) if len(said) > 1 else said[0]
-        return output + mean.to(output.dtype)
+        values = values + mean.to(values.dtype)
+        return (values, *more) if isinstance(output, tuple) else values

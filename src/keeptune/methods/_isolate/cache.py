@@ -148,6 +148,11 @@ class Bottom:
     def _compute(self, ids: Tensor, more: dict[str, Any]) -> Tensor:
         """What the frozen layers give for one row: [L] to [L, D] in bfloat16, on the CPU."""
         found: list[Tensor] = []
+        if any(getattr(m, "neftune_noise_alpha", None) for m in self.model.modules()):
+            raise MethodError(
+                "Freeze.cache: trainer.neftune_noise_alpha adds noise below the frozen layers, "
+                "which a cache would draw once and for all. Leave the noise or the cache out."
+            )
 
         def stop(module: nn.Module, inputs: Any, output: Any) -> None:
             self.in_tuple = isinstance(output, tuple)

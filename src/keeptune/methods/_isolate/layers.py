@@ -73,8 +73,8 @@ def embeddings(model: nn.Module, stack: str) -> set[str]:
 def units(stack: nn.ModuleList, index: int) -> Iterator[tuple[str, str]]:
     """The parts of one layer as (category, start of its parameters' names within the layer).
 
-    A part is a linear layer with its adapter, or a norm; its category is what it stands in
-    ("self_attn", "mlp", …), or "norm".
+    A part is a linear layer with its adapter, a norm, or a parameter of a module that has other
+    parts in it; its category is what it stands in ("self_attn", "mlp", …), or "norm".
     """
     inside = ""  # an adapted part is one, whatever stands in it
     for name, module in stack[index].named_modules():
@@ -86,4 +86,8 @@ def units(stack: nn.ModuleList, index: int) -> Iterator[tuple[str, str]]:
             continue
         inside = f"{name}." if adapted else ""
         flat = not adapted and all(p.dim() < 2 for p in own)
-        yield "norm" if flat else name.partition(".")[0], f"{name}."
+        category, start = "norm" if flat else name.partition(".")[0], f"{name}." if name else ""
+        if adapted or len(own) == len(list(module.parameters())):
+            yield category, start
+        else:
+            yield from ((category, start + n) for n, _ in module.named_parameters(recurse=False))

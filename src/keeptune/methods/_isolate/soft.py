@@ -75,6 +75,7 @@ class Prompts(Parts):
             own = given.get("inputs_embeds")
             if own is None:
                 own = model.get_input_embeddings()(given["input_ids"])
+            _require_room(model, own.shape[1], len(rows))
             first = rows.to(own.dtype).expand(len(own), -1, -1)
             given |= {"input_ids": None, "inputs_embeds": torch.cat([first, own], 1)}
         if (mask := given.get("attention_mask")) is not None:
@@ -103,6 +104,15 @@ class Prompts(Parts):
         return output
 
 
+def _require_room(model: Any, tokens: int, count: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and tokens + count > most:
+        raise MethodError(
+            f"A row of {tokens} tokens and {count} vectors before it are more than the "
+            f"{most} positions that the model has. Set max_length to {most - count} or less."
+        )
+
+
 def _longer(mask: Any, count: int) -> Tensor:
     """A mask [B, L] that lets `count` positions more be seen, before all others."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -128,9 +138,10 @@ class SoftPrompts(Grown):
 
     def _start(self, ctx: Context) -> Tensor:
         """Embeddings of random tokens, [K, D] in float32 at least."""
-        words = decoder(ctx, self.name()).get_input_embeddings().weight.detach()
-        chosen = ctx.random("prompt").integers(len(words), size=self.length)
-        return wide(words[torch.from_numpy(chosen).to(words.device)])
+        words = decoder(ctx, self.name()).get_input_embeddings()
+        chosen = ctx.random("prompt").integers(len(words.weight), size=self.length)
+        with torch.no_grad():  # through the module, which may scale what it looks up
+            return wide(words(torch.from_numpy(chosen).to(words.weight.device)))
 
     def _part(self, ctx: Context) -> Prompt:
         return Prompt(self._start(ctx))
