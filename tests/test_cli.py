@@ -274,6 +274,17 @@ def test_a_bug_keeps_its_traceback(called: Called, keeptune: Call) -> None:
         keeptune("run", "r.yaml")
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence(called: Called, keeptune: Call) -> None:
+    called.error = OSError(20, "Not a directory", "t.txt/report.html")
+    said = LOADING + "keeptune: t.txt/report.html cannot be read or written: Not a directory.\n"
+    assert keeptune("run", "r.yaml") == (2, "", said)
+
+
+def test_any_letter_may_be_in_a_folders_name(called: Called, keeptune: Call) -> None:
+    keeptune("run", "r.yaml", "--out", "runs/\N{SNOWMAN}\N{GRINNING FACE}")
+    assert str(called.recipes[0].out) == "runs/\N{SNOWMAN}\N{GRINNING FACE}"
+
+
 def test_no_traceback_in_a_real_process(tmp_path: Path) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "keeptune", "run", "no.yaml"],

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from keeptune import demo, report
+from keeptune.inputs import read_task
 from keeptune.progress import Silent
 from keeptune.recipe import Recipe, resolve
 from keeptune.rows import leaked, read_rows
-from keeptune.session import read_task
 from runs import fabricate
 
 pytest.importorskip("babel")

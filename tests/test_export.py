@@ -321,7 +321,7 @@ def test_a_run_that_learned_nothing_and_one_of_objects_are_refused(home: Path) -
         for file in left.iterdir():
             file.unlink()
         left.rmdir()
-    refused(FolderError, "has learned no task yet", folder.path, home / "out")
+    refused(FolderError, "state/ in it holds no weights any more", folder.path, home / "out")
     fitted = fit(
         pico.causal_lm(),
         {"a": (pico.questions(0, 8), pico.questions(0, 8))},

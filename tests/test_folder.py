@@ -64,11 +64,16 @@ def test_infinity_and_not_a_number_come_back(tmp_path):
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("dear diary")
+    with pytest.raises(FolderError, match=r"is not empty, and holds no run to go on with"):
+        RunFolder.create(tmp_path, runs.info(), "")
+    with pytest.raises(FolderError, match="is a file, and a run needs a folder"):
+        RunFolder.create(tmp_path / "mine.txt", runs.info(), "")
+    with pytest.raises(FolderError, match=r"cannot be made, since .*mine.txt is a file"):
+        RunFolder.create(tmp_path / "mine.txt" / "run", runs.info(), "")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "run.json").write_text("")
     with pytest.raises(FolderError, match=r"is not empty.*--resume.*--out"):
         RunFolder.create(tmp_path, runs.info(), "")
-    with pytest.raises(FolderError, match="is not empty"):
-        RunFolder.create(tmp_path / "mine.txt", runs.info(), "")
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_an_empty_folder_is_taken(tmp_path):

@@ -259,7 +259,15 @@ def test_a_killed_call_loses_nothing_and_the_next_does_the_rest(run: Path, numbe
         assert rows in (before[name], [r for r in before[name] if not is_persons(r)])
     forget(run, [f"text={PERSON}"], tokenizer=TOKENIZER)
     assert traces(run, PERSON) == []
-    assert [p.name for p in (run / "state").iterdir() if p.name[:4] in ("old-", "new-")] == []
+    assert [p.name for p in (run / "state").iterdir() if p.name[:5] in (".old-", ".new-")] == []
+
+
+def test_a_copy_that_a_user_keeps_of_a_state_stays(run: Path) -> None:
+    for name in ("old-task-002", "new-task-002", "old-task-009"):
+        (run / "state" / name).mkdir()
+        (run / "state" / name / "mine").touch()
+    forget(run, [f"text={PERSON}"], tokenizer=TOKENIZER)
+    assert len(list((run / "state").glob("*-task-*/mine"))) == 3
 
 
 def test_where_questions_were_routed_to_is_no_result_with_texts(run: Path) -> None:

@@ -10,9 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import pico
-from keeptune import models
+from keeptune import fingerprint, models
 from keeptune.errors import ModelError
-from keeptune.models import identity, load
+from keeptune.fingerprint import identity
+from keeptune.models import load
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_identity_is_the_same_for_the_same_weights_and_says_how_it_was_taken(tin
 @pytest.mark.parametrize("whole", [True, False])
 def test_identity_tells_other_weights_and_another_config_apart(tiny, monkeypatch, whole):
     if not whole:
-        monkeypatch.setattr(models, "HASHED_WHOLE", 0)
+        monkeypatch.setattr(fingerprint, "HASHED_WHOLE", 0)
     before = identity(tiny)
     assert before.startswith("sha256:" if whole else "sampled:")
     weights = load_file(tiny / "model.safetensors")

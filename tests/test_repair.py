@@ -195,6 +195,25 @@ def test_what_is_not_tuned_from_the_base_is_refused(home: Path) -> None:
     assert not (home / "out").exists()
 
 
+def test_an_adapter_of_another_base_and_broken_files_are_refused(home: Path) -> None:
+    folder = adapter(home)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t[:, :1].contiguous() for n, t in tensors.items()}, file)
+    words = "cannot be read as a tuning of .*base: "
+    with pytest.raises(ModelError, match=words + "Error.* size mismatch"):
+        run(home, "adapter")
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ModelError, match=words):
+        run(home, "adapter")
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match=words):
+        run(home, "adapter")
+    with pytest.raises(ModelError, match=r"Model '.*/gone' is not there"):
+        run(home, "gone")
+    assert not (home / "out").exists()
+
+
 def test_bad_requests_are_refused_before_anything_is_loaded(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +252,9 @@ def test_the_command(home: Path) -> None:
     for bad in ("wiki", "wiki=x", "wiki=-1"):
         result = CliRunner().invoke(app, [*words, "--guard", "capitals", "--budget", bad])
         assert f"--budget {bad}: give NAME=LOSS" in str(result.exception)
+    for bad in ("wiki=", f"={text}"):
+        result = CliRunner().invoke(app, [*words, "--guard", bad, "--budget", "wiki=1"])
+        assert str(result.exception).startswith(f"--guard {bad}: give NAME=FILE")
     result = CliRunner().invoke(app, [*words, "--guard", f"wiki={text}", "--budget", "blocks=3"])
     assert str(result.exception) == (
         "--budget blocks=3: blocks is a setting of budgets. Give the guard another name."

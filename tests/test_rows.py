@@ -121,6 +121,9 @@ def test_leaks_are_counted_across_shapes_and_white_space():
             "broken JSON at line 17 of .*d.jsonl",
         ),
         ("d.json", ["[", '{"text": 1},', "]"], "broken JSON at line 3 of"),
+        ("d.json", ["{", '"data": [{"text": "a"}]', "}"], "one object over several lines"),
+        ("d.jsonl", ["[" * 20_000], "JSON at line 1 of .* is too much"),
+        ("d.json", ["[" + "1" * 5_000 + "]"], "JSON in .* is too much"),
         ("d.jsonl", [], "d.jsonl is empty: it needs at least one row"),
         ("d.txt", ["", " "], "is empty"),
         ("d.csv", ["prompt,completion"], "is empty"),
@@ -225,3 +228,16 @@ def test_a_row_is_answered_with_each_of_its_choices() -> None:
     hello, bye = (r["completion"] for r in answered(talk, Shape.COMPLETION))
     assert (hello, bye) == ([BOT], [BOT | {"content": "Bye"}])
     assert answered(PAIR, Shape.COMPLETION) == []
+
+
+def test_a_cell_may_be_long_and_a_path_may_begin_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(read_rows("~/d.csv").rows[0]["text"]) == 200_000
+
+
+def test_a_name_that_no_file_can_have_is_a_sentence() -> None:
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        read_rows("x" * 300 + ".jsonl")

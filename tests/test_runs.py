@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,54 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(home: Path) -> No
 def test_trainer_settings_that_contradict_each_other_are_a_sentence(home: Path) -> None:
     asked = recipe(home, trainer={**TRAINER, "bf16": True, "fp16": True})
     refused(home, asked, RecipeError, "trainer:")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("learning_rate", -1, "must be at least 0, got -1"),
+        ("learning_rate", float("nan"), "must be a finite number, got nan"),
+        ("per_device_train_batch_size", 0, "must be at least 1, got 0"),
+        ("gradient_accumulation_steps", 0, "must be at least 1, got 0"),
+        ("optim", "adamw_bnb_8bit", "trainer: "),
+        ("lr_scheduler_type", "cosine_with_min_lr", "trainer: "),
+        ("accelerator_config", "nope.json", "trainer: "),
+        ("report_to", "wandb", "trainer: "),
+    ],
+)
+def test_what_the_trainer_would_stumble_over_is_said_before_anything_is_written(
+    home: Path, key: str, value: Any, words: str
+) -> None:
+    asked = recipe(home, trainer={**TRAINER, key: value})
+    refused(home, asked, RecipeError, words)
+    assert inspect(asked).problems
+
+
+def test_a_template_that_is_missing_is_said_with_where(home: Path) -> None:
+    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    guard = {"name": "chats", "eval": pico.write_rows(home / "chat.jsonl", chat)}
+    refused(home, recipe(home, guards=[guard]), DataError, "guard 'chats', evaluation rows: ")
+    task = {"name": "c", "train": guard["eval"], "eval": guard["eval"]}
+    refused(home, recipe(home, tasks=[task]), DataError, "task 'c': ")
+
+
+@pytest.mark.parametrize("what", ["file", "junk", "below"])
+def test_where_no_run_can_go_is_said_before_anything_is_loaded(home: Path, what: str) -> None:
+    (home / "file").write_text("mine")
+    (home / "junk").mkdir()
+    (home / "junk" / "mine.txt").write_text("mine")
+    places = {"file": ("file", "is a file"), "junk": ("junk", "holds no run to go on with")}
+    place, words = places.get(what, ("file/run", "cannot be made, since .*file is a file"))
+    for resume in (False, True):
+        with pytest.raises(FolderError, match=words):
+            run(recipe(home, out=str(home / place), model="none/there"), resume=resume)
+
+
+def test_a_run_whose_state_is_gone_is_not_taken_for_one_that_learned_nothing(home: Path) -> None:
+    folder = run(recipe(home))
+    shutil.rmtree(folder.path / "state")
+    with pytest.raises(FolderError, match="state/ in it holds no weights any more"):
+        learn(folder.path, str(home / "train2.jsonl"), name="t2")
 
 
 # -- stopped by the user --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import pico
 import runs
-from keeptune import engines, session
+from keeptune import engines, inputs
 from keeptune.bargains import Trial, chosen, knee, objectives
 from keeptune.board import Board
 from keeptune.cli import app
@@ -118,12 +118,12 @@ def test_a_guard_is_asked_some_of_its_rows() -> None:
 
 def test_a_recipe_holds_out_and_says_all_problems_at_once(home: Path) -> None:
     held = load_recipe(recipe(home), ["validation=0.3"])
-    tasks, _ = session.read_sources(held)
+    tasks, _ = inputs.read_sources(held)
     assert [(len(t.train), len(t.eval)) for t in tasks] == [(7, 3), (7, 3)]
     for i in (0, 1):
         pico.write_rows(home / f"train{i}.jsonl", pico.questions(i, 3))
     with pytest.raises(RecipeError) as refused:
-        session.read_sources(held)
+        inputs.read_sources(held)
     assert len(str(refused.value).splitlines()) == 2
     with pytest.raises(RecipeError, match="validation"):
         load_recipe(recipe(home), ["validation=1.0"])
@@ -344,7 +344,7 @@ def test_trials_look_at_held_out_rows_alone_and_the_knee_is_ready_to_run(home: P
     asked = {r["prompt"] for i in (0, 1) for r in pico.questions(i, 3)}
     for each in done.trials:
         folder = RunFolder(each.folder)
-        tasks, _ = session.read_sources(load_recipe(folder.path / "recipe.yaml"))
+        tasks, _ = inputs.read_sources(load_recipe(folder.path / "recipe.yaml"))
         assert [(d.train_rows, d.eval_rows) for d in folder.info.tasks] == [(7, 3), (7, 3)]
         for i, one in enumerate(tasks):
             cell = folder.cell(2, "task", i)
@@ -356,7 +356,7 @@ def test_trials_look_at_held_out_rows_alone_and_the_knee_is_ready_to_run(home: P
     written = load_recipe(done.recipe)
     assert (written.validation, written.out) == (None, None)
     assert dict(written.strategy)["ewc"]["strength"] == at.settings["methods.1.ewc.strength"]
-    assert [len(t.train) for t in session.read_sources(written)[0]] == [10, 10]
+    assert [len(t.train) for t in inputs.read_sources(written)[0]] == [10, 10]
     table = json.loads((home / "out" / "trials.json").read_text())
     assert [t["is_knee"] for t in table] == [t.is_knee for t in done.trials]
     assert done.page.is_file()

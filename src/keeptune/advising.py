@@ -11,10 +11,11 @@ from keeptune.advice import Advice, Asked, Rule, fitting, limits
 from keeptune.disk import write_atomic
 from keeptune.dressing import adapter_config
 from keeptune.errors import RecipeError
+from keeptune.inputs import read_sources
 from keeptune.models import load_config, load_tokenizer
 from keeptune.recipe import Recipe, check_adapter, parse_recipe
 from keeptune.runs import quiet
-from keeptune.session import DEFAULT_LENGTH, read_sources
+from keeptune.session import DEFAULT_LENGTH
 from keeptune.sizing import Sizer, Speed, measure_speed
 from keeptune.stream import class_names
 

@@ -70,7 +70,12 @@ def main() -> int:
             time.sleep(5)
         _complain(str(error))
         return 2
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            if error.filename is None:
+                raise
+            _complain(f"{error.filename} cannot be read or written: {error.strerror}.")
+            return 2
         # What is still buffered must have somewhere to go when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -277,7 +282,7 @@ def _load(recipe: Path, changes: Sequence[str], out: Path | None) -> Recipe:
         out = Path("runs") / recipe.stem
     if out is None:
         return loaded
-    return load_recipe(recipe, [*changes, f"out={json.dumps(str(out))}"])
+    return load_recipe(recipe, [*changes, f"out={json.dumps(str(out), ensure_ascii=False)}"])
 
 
 def _inspect(recipe: Recipe) -> None:

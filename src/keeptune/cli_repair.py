@@ -118,6 +118,8 @@ def _guards(word: str, option: str) -> list[Guard]:
     name, is_own, file = word.partition("=")
     if not is_own:
         return read_guard(word, where=option)
+    if not (name.strip() and file.strip()):
+        raise RecipeError(f"{option} {word}: give NAME=FILE, both of them, as chat=chat.jsonl.")
     if Path(file).suffix == ".txt":
         return read_guard(TextGuard(name=name, text=file), where=option)
     return read_guard(RowsGuard(name=name, eval=file), where=option)

@@ -19,15 +19,15 @@ from typing import Any
 
 from keeptune import engines, report
 from keeptune.board import Board
-from keeptune.disk import locked
+from keeptune.disk import locked, refuse_unwritable
 from keeptune.errors import RecipeError
 from keeptune.failures import failure, write_failure
 from keeptune.guard import Guard
+from keeptune.inputs import read_sources
 from keeptune.intervals import generator
 from keeptune.jobs import Job
 from keeptune.recipe import Recipe, resolve
 from keeptune.runs import quiet
-from keeptune.session import read_sources
 from keeptune.strategies import Strategy, read_strategies, strategy_of
 from keeptune.stream import Task
 
@@ -183,6 +183,7 @@ def compare(jobs: Sequence[Job], out: Path, board: Board, engine: engines.Engine
         KeyboardInterrupt: It was stopped; the same call goes on.
         KeeptuneError: Another process is at work there, or the engine cannot be used.
     """
+    refuse_unwritable(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         failed = run_all(jobs, board, engine)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune import report
+from keeptune.disk import refuse_unwritable
 from keeptune.folder import RunFolder
 from keeptune.progress import Progress
 from keeptune.recipe import Recipe, parse_recipe
@@ -53,6 +54,7 @@ def run_demo(out: Path, progress: Progress) -> Path:
     Raises:
         KeeptuneError: A package of the demo is missing, or anything else a user can mend.
     """
+    refuse_unwritable(out)
     folders: list[RunFolder] = []
     for name in STRATEGIES:
         progress.note(f"{name} run of the demo")

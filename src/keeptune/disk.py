@@ -115,12 +115,32 @@ def is_taken(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def replace_folder(path: Path, new: Path) -> None:
-    """Put a whole folder, named "new-" and the name of `path`, in the place of `path`.
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a place where nothing can be made, before any work is done for it.
+
+    Raises:
+        FolderError: A folder on the way is a file, or may not be written to.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise FolderError(f"{path} cannot be made, since {there} is a file. Give another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FolderError(
+            f"{path} cannot be made, since {there} may not be written to. Give another folder."
+        )
+
+
+def replacement(path: Path) -> Path:
+    """Where what is to take the place of a folder is made; no name that a user would give."""
+    return path.with_name(f".new-{path.name}")
+
+
+def replace_folder(path: Path) -> None:
+    """Put a whole folder, made as its `replacement`, in the place of another.
 
     `finish_replacing` brings what a kill interrupts to its end.
     """
-    old = path.with_name(f"old-{path.name}")
+    old, new = path.with_name(f".old-{path.name}"), replacement(path)
     path.replace(old)
     new.replace(path)
     sync_folder(path.parent)
@@ -129,13 +149,13 @@ def replace_folder(path: Path, new: Path) -> None:
 
 def finish_replacing(parent: Path) -> None:
     """Bring what `replace_folder` began among these folders to its end, or undo it."""
-    for old in parent.glob("old-*"):
-        path = parent / old.name.removeprefix("old-")
+    for old in parent.glob(".old-*"):
+        path = parent / old.name.removeprefix(".old-")
         if not path.exists():
-            path.with_name(f"new-{path.name}").replace(path)
+            replacement(path).replace(path)
             sync_folder(parent)
         shutil.rmtree(old)
-    for new in parent.glob("new-*"):
+    for new in parent.glob(".new-*"):
         shutil.rmtree(new)
 
 

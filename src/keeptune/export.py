@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keeptune.disk import is_taken, locked, new_folder
+from keeptune.disk import is_taken, locked, new_folder, refuse_unwritable
 from keeptune.errors import FolderError, MethodError, ModelError, suggest
 from keeptune.folder import RunFolder
 from keeptune.likelihood import evaluating
@@ -73,6 +73,7 @@ def export(path: Path, out: Path, *, task: str | None = None, merged: bool = Fal
     """
     folder = RunFolder(path)
     refuse_objects(folder, "Save the model that `fit` gave back with its own save_pretrained.")
+    folder.require_state()
     _refuse_full(out)
     _refuse_task(folder, task, [data.name for data in folder.info.tasks])
     recipe = load_recipe(folder.path / "recipe.yaml")
@@ -96,6 +97,7 @@ def export(path: Path, out: Path, *, task: str | None = None, merged: bool = Fal
 def _refuse_full(out: Path) -> None:
     if is_taken(out):
         raise FolderError(f"{out} is not empty, and an export overwrites nothing. Give a new OUT.")
+    refuse_unwritable(out)
 
 
 def _refuse_task(folder: RunFolder, task: str | None, learned: list[str]) -> None:

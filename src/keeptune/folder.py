@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from keeptune.disk import is_taken, write_atomic
+from keeptune.disk import is_taken, refuse_unwritable, write_atomic
 from keeptune.errors import FolderError
 from keeptune.records import (
     FORMAT,
@@ -52,12 +52,21 @@ def refuse_full(out: Path) -> None:
     """A new run never starts in a folder that holds something.
 
     Raises:
-        FolderError: It does.
+        FolderError: It does, or cannot be made.
     """
-    if is_taken(out):
+    if not is_taken(out):
+        refuse_unwritable(out)
+        return
+    if not out.is_dir():
+        raise FolderError(f"{out} is a file, and a run needs a folder. Give another --out.")
+    if not (out / "run.json").exists():
         raise FolderError(
-            f"{out} is not empty. Continue that run with --resume, or give another --out."
+            f"{out} is not empty, and holds no run to go on with (it has no run.json). Give "
+            "another --out, or empty it."
         )
+    raise FolderError(
+        f"{out} is not empty. Continue that run with --resume, or give another --out."
+    )
 
 
 class RunFolder:
@@ -147,6 +156,18 @@ class RunFolder:
     def column(self, kind: Kind, index: int) -> list[Cell | None]:
         """One task or guard over the whole stream: row 0 (before training) to the last row."""
         return [self.cell(row, kind, index) for row in range(self.rows_done)]
+
+    def require_state(self) -> None:
+        """Refuse a run whose tasks were learned, but whose weights are gone.
+
+        Raises:
+            FolderError: They are.
+        """
+        if self.rows_done > 1 and not any((self.path / "state").glob("task-[0-9]*")):
+            raise FolderError(
+                f"{self.path} has learned tasks, but state/ in it holds no weights any more. Run "
+                "the recipe into another --out, or put state/ back."
+            )
 
     @property
     def rows_done(self) -> int:

@@ -23,6 +23,7 @@ from keeptune.disk import (
     new_folder,
     read_manifest,
     replace_folder,
+    replacement,
     verify,
     write_atomic,
 )
@@ -183,15 +184,14 @@ def _with(kept: State, name: str, buffer: Buffer) -> State:
 
 def _rewrite(path: Path, changed: dict[str, State]) -> None:
     """Put a state with these methods' states in the place of one without."""
-    new = path.with_name(f"new-{path.name}")
-    with new_folder(new) as files:
+    with new_folder(replacement(path)) as files:
         for name in read_manifest(path):
             if not any(name.startswith((f"{stem}.", f"{stem}-")) for stem in changed):
                 link(path / name, files / name)
         for stem, kept in changed.items():
             evidence = state.read_json(path / f"{stem}.json")["evidence"]
             state.write_method(files, stem, kept, evidence)
-    replace_folder(path, new)
+    replace_folder(path)
 
 
 # -- results --------------------------------------------------------------------------------------

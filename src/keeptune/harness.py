@@ -17,6 +17,27 @@ if TYPE_CHECKING:
 METRICS = ("acc_norm", "acc", "exact_match", "f1", "rougeL", "mcc")
 
 
+def task_manager(guard: Guard) -> Any:
+    """What finds a guard's task for lm-eval.
+
+    Raises:
+        DataError: lm-eval is not installed, or does not know the task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise DataError(
+            f"The guard {guard.name!r} needs lm-eval: pip install 'keeptune[eval]'."
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own = str(guard.include_path) if guard.include_path else None
+    manager = TaskManager(include_path=own, include_defaults=own is None)
+    if guard.name not in manager.all_tasks:
+        place = f"in {own}" if own else "among lm-eval's own tasks"
+        raise DataError(f"There is no lm-eval task {guard.name!r} {place}. See `lm_eval ls tasks`.")
+    return manager
+
+
 def score_lm_eval(model: Any, tokenizer: Any, guard: Guard, batch_size: int) -> list[Example]:
     """Score a model on one lm-eval task, example by example.
 
@@ -29,20 +50,10 @@ def score_lm_eval(model: Any, tokenizer: Any, guard: Guard, batch_size: int) -> 
     Raises:
         DataError: lm-eval is not installed, does not know the task, or gives no usable score.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise DataError(
-            f"The guard {guard.name!r} needs lm-eval: pip install 'keeptune[eval]'."
-        ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    own = str(guard.include_path) if guard.include_path else None
-    manager = TaskManager(include_path=own, include_defaults=own is None)
-    if guard.name not in manager.all_tasks:
-        place = f"in {own}" if own else "among lm-eval's own tasks"
-        raise DataError(f"There is no lm-eval task {guard.name!r} {place}. See `lm_eval ls tasks`.")
+    manager = task_manager(guard)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     was_training, kind = model.training, model.device.type
     # lm-eval would leave the precision that it is called in.
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

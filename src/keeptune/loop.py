@@ -166,8 +166,8 @@ class Loop:
         if found := [name for name in gathered(next(wrong, None)) if name]:
             raise TrainingError(
                 f"Weights of {found[0]} are not numbers after task {task!r}. The state from before "
-                "this task is kept; lower trainer.learning_rate or a method's strength, and "
-                "run again with --resume."
+                "this task is kept. Run with a lower trainer.learning_rate or method's strength "
+                "into another --out."
             )
 
     # -- state --------------------------------------------------------------------------------

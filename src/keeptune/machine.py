@@ -94,8 +94,8 @@ def translated(settings: dict[str, Any], folder: Path) -> Iterator[None]:
         size = settings.get("per_device_train_batch_size", 8)
         raise TrainingError(
             f"Memory is full at trainer.per_device_train_batch_size: {size}. Lower it (and raise "
-            "trainer.gradient_accumulation_steps to keep the same step), lower max_length or "
-            "eval_batch_size, and run again with --resume."
+            "trainer.gradient_accumulation_steps to keep the same step) or eval_batch_size, and "
+            "run again with --resume; or lower max_length, which needs another --out."
         ) from error
 
 

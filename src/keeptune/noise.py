@@ -82,6 +82,7 @@ def measure(
             f"{path} is not finished (status: {folder.info.status}), so its noise cannot be "
             "measured. Finish it with `keeptune run RECIPE --resume`."
         )
+    folder.require_state()
     recipe = in_one_process(load_recipe(folder.path / "recipe.yaml"))
     # A run at work in the folder keeps files there, which loading its state would clear away.
     with locked(folder.path), quiet():

@@ -17,11 +17,11 @@ from keeptune.advice import Rule
 from keeptune.comparison import Group
 from keeptune.disk import write_atomic
 from keeptune.errors import DataError
+from keeptune.inputs import read_sources
 from keeptune.intervals import generator
 from keeptune.ranking import rankings
 from keeptune.recipe import Recipe, parse_recipe, resolve
 from keeptune.rows import Rows, part
-from keeptune.session import read_sources
 from keeptune.stream import Task
 from keeptune.validation import hold_out
 

@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from keeptune import yamltext
@@ -92,7 +99,7 @@ class Recipe(Part):
 of each guard's rows used: for choosing settings. The same for all seeds."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random choice of the run follows from it."""
-    out: Annotated[Path, Field(strict=False)] | None = None
+    out: Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)] | None = None
     """The run folder; default: runs/ and the recipe's file name."""
     eval_batch_size: int = Field(16, ge=1)
     """Rows scored at a time; changes speed and memory only."""

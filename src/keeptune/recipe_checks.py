@@ -6,6 +6,7 @@ Each function imports what it asks, so that reading a recipe stays fast.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -38,6 +39,11 @@ _OWNED = {
     "length_column_name": "keeptune turns rows into tokens itself; leave it out",
     "deepspeed": "DeepSpeed hides the gradients that methods need; use `fsdp` instead",
 }
+# Values that the trainer would stumble over in its first step only.
+_LEAST = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0,
+    "num_train_epochs": 0, "weight_decay": 0, "warmup_steps": 0, "max_grad_norm": 0,
+}  # fmt: skip
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
     int: ("a whole number", (int,)),
@@ -192,6 +198,8 @@ def _trainer_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{where} is no key of the trainer's config. {_nearest(key, free)}"
         elif (wanted := _mismatch(hints[key], value)) is not None:
             yield f"{where} must be {wanted}, got {value!r}."
+        elif key in _LEAST and value is not None and value < _LEAST[key]:
+            yield f"{where} must be at least {_LEAST[key]}, got {value!r}."
         elif recipe.online and value != ONLINE.get(key, value):
             yield (
                 f"{where} is {value!r}, but with `online: true` each row is learned once, in its "
@@ -216,6 +224,8 @@ def _mismatch(hint: Any, value: Any) -> str | None:
         return None
     wanted, allowed = _KINDS[types[0]]
     right = isinstance(value, allowed) and isinstance(value, bool) == (types[0] is bool)
+    if right and not math.isfinite(value):
+        return "a finite number"
     return None if right else wanted
 
 

@@ -30,6 +30,7 @@ _WANTED = {
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
+    "either": "must be text or a list of texts",
     "too_short": "must have at least {min_length} entry",
 }
 _GUARD_KEYS = ("eval", "lm_eval", "text")
@@ -48,12 +49,18 @@ def sentences(error: ValidationError, model: type[BaseModel], document: Document
         more = problem.get("ctx", {}).get("at", ())
         tagged = (*problem["loc"], *more)
         path = [p for p in tagged if not (isinstance(p, str) and p.startswith(_TAGS))]
+        for branch in _EITHER:  # pydantic names the kinds that a value could have had
+            if "target_modules" in path and branch in path:
+                if path[-1] == branch:
+                    problem["type"] = "either"
+                path.remove(branch)
         line = f"{document.where(path)}: {_sentence(dict(problem), path, model)}"
         lines[line] = document.line(path)
     return "\n".join(sorted(lines, key=lines.__getitem__))
 
 
 _TAGS = ("guard-", "adapter-")
+_EITHER = ("str", "list[str]")
 
 
 def _sentence(problem: dict[str, Any], path: list[Any], model: type[BaseModel]) -> str:

@@ -63,7 +63,7 @@ class Adapter(Part):
             return values
         filled = {"rank": 16, "dropout": 0.0, "target_modules": "all-linear"}
         filled |= {key: value for key, value in values.items() if value is not None}
-        if isinstance(filled["rank"], int):
+        if isinstance(filled["rank"], int) and filled["rank"] > 0:
             filled.setdefault("alpha", 2.0 * filled["rank"])
         return filled
 
@@ -235,7 +235,7 @@ class BudgetRecipe(Part):
             raise PydanticCustomError(
                 "said",
                 "{field} says nothing that may be lost; name a guard or past_tasks: "
-                "{{facts: 1.0, past_tasks: 2.0}}.",
+                "{facts: 1.0, past_tasks: 2.0}.",
             )
         return self
 

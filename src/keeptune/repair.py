@@ -12,19 +12,19 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import peft
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from keeptune import lines, models
 from keeptune.budget import Steps, find_step
-from keeptune.disk import is_taken, new_folder, write_atomic
+from keeptune.disk import is_taken, new_folder, refuse_unwritable, write_atomic
 from keeptune.errors import FolderError, ModelError, RecipeError
 from keeptune.evaluate import score_rows
 from keeptune.guard import Guard
@@ -100,17 +100,19 @@ def repair(
     """
     if is_taken(out):
         raise FolderError(f"{out} is not empty, and a repair overwrites nothing. Give a new OUT.")
+    refuse_unwritable(out)
     began, chosen = time.monotonic(), _lines(guards, tasks, budget)
     folder = _folder_of(tuned)
     loaded = models.load(base, trust_remote_code=trust_remote_code)
     loaded.model.to(fastest())
     with ExitStack() as files:
         is_adapter = (folder / ADAPTER).is_file()
-        mix: Mix = (
-            Adapter(loaded.model, folder, files)
-            if is_adapter
-            else Whole(loaded.model, _folder_of(base), folder, files)
-        )
+        with _explained(base, tuned):
+            mix: Mix = (
+                Adapter(loaded.model, folder, files)
+                if is_adapter
+                else Whole(loaded.model, _folder_of(base), folder, files)
+            )
         (step,), tried = _find(mix, loaded.tokenizer, chosen, budget, seed, batch_size, progress)
         name = Path(tuned).name or tuned
         seconds = time.monotonic() - began
@@ -192,6 +194,16 @@ def _folder_of(model: str) -> Path:
     if not any(folder.glob(WEIGHTS)):
         raise ModelError(f"{model} holds no .safetensors, which a repair reads and writes.")
     return folder
+
+
+@contextmanager
+def _explained(base: str, tuned: str) -> Iterator[None]:
+    """Put what the libraries say of files that do not fit into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:300]
+        raise ModelError(f"{tuned} cannot be read as a tuning of {base}: {reason}.") from error
 
 
 def _copy_the_rest(source: Path, target: Path) -> None:

@@ -105,6 +105,7 @@ def learn(
     """
     folder = _opened(path)
     refuse_objects(folder, "Call keeptune.fit with the new task instead.")
+    folder.require_state()
     recipe = load_recipe(folder.path / "recipe.yaml")
     task = {"name": name, "train": data, "eval": eval or data, "score": score, "recall": not eval}
     names = [t.name for t in recipe.tasks]

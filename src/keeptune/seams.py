@@ -338,8 +338,8 @@ class Seams(LossTerms):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"The loss became {loss.item()} in task {self.ctx.task!r} at step "
-                f"{self.state.global_step + 1}. The weights from before this task are kept; lower "
-                "trainer.learning_rate or a method's strength, and run again with --resume."
+                f"{self.state.global_step + 1}. The weights from before this task are kept. Run "
+                "with a lower trainer.learning_rate or method's strength into another --out."
             )
         if self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler

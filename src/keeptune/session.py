@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,22 +14,21 @@ from torch import nn
 from keeptune import registry, steering, tokens
 from keeptune.chain import Chain
 from keeptune.dressing import adapter_config, dress
-from keeptune.errors import DataError, KeeptuneError, MethodError, RecipeError
+from keeptune.errors import DataError, MethodError
 from keeptune.evaluate import Scored, score_rows
-from keeptune.guard import Guard, read_guard
+from keeptune.guard import Guard
+from keeptune.inputs import read_sources
 from keeptune.likelihood import context_length
 from keeptune.method import Context, Method
 from keeptune.models import Loaded, load
 from keeptune.privacy import Privacy, refusal
 from keeptune.reading import base_model
 from keeptune.recipe import Recipe
-from keeptune.recipe_checks import check_recipe
-from keeptune.recipe_parts import BudgetRecipe, TaskRecipe, WatchRecipe
+from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
 from keeptune.records import DataInfo, MethodInfo
-from keeptune.rows import Rows, Shape, leaked, read_rows
+from keeptune.rows import Rows, leaked
 from keeptune.stream import Task, TaskStream, class_names
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
-from keeptune.validation import hold_out, sampled
 
 DEFAULT_LENGTH = 1024
 
@@ -172,28 +171,6 @@ def _task_info(task: Task, tokenised: tokens.Tokenised) -> DataInfo:
 # -- from a recipe --------------------------------------------------------------------------------
 
 
-class Problems:
-    """Collects every problem instead of stopping at the first."""
-
-    def __init__(self) -> None:
-        self.found: list[KeeptuneError] = []
-
-    @contextlib.contextmanager
-    def collect(self) -> Iterator[None]:
-        """Keep a KeeptuneError and go on."""
-        try:
-            yield
-        except KeeptuneError as error:
-            self.found.append(error)
-
-    def raise_all(self) -> None:
-        """Raise what was found: one error as it is, several as one, a line each."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            raise RecipeError("\n".join(str(error) for error in self.found))
-
-
 def read_plan(recipe: Recipe) -> Plan:
     """Load and check everything a recipe names.
 
@@ -223,62 +200,6 @@ def read_plan(recipe: Recipe) -> Plan:
     )
 
 
-def read_sources(recipe: Recipe) -> tuple[list[Task], list[Guard]]:
-    """Check a recipe and read the data it names; no model is loaded.
-
-    Raises:
-        KeeptuneError: With every problem found, one line each.
-    """
-    problems = Problems()
-    with problems.collect():
-        check_recipe(recipe)
-    tasks: list[Task] = []
-    for number, task in enumerate(recipe.tasks):
-        with problems.collect():
-            tasks.append(read_task(task, where=recipe.where("tasks", number)))
-    guards: list[Guard] = []
-    for number, guard in enumerate(recipe.guards):
-        with problems.collect():
-            guards.extend(read_guard(guard, where=recipe.where("guards", number)))
-    with problems.collect():
-        _check_shapes(recipe, tasks)
-    if recipe.validation is not None:
-        whole, tasks = tasks, []
-        for each in whole:
-            with problems.collect():
-                tasks.append(hold_out(each, recipe.validation))
-        guards = [sampled(guard, recipe.validation) for guard in guards]
-    problems.raise_all()
-    return tasks, guards
-
-
-def read_task(spec: TaskRecipe, *, where: str) -> Task:
-    """Load one task of a recipe.
-
-    Raises:
-        DataError: A file cannot be read, or the score does not fit its rows.
-    """
-    return Task(
-        name=spec.name,
-        train=read_rows(spec.train, split="train", field=f"{where}.train"),
-        eval=read_rows(spec.eval, split="test", field=f"{where}.eval"),
-        score=spec.score or "",
-        max_new_tokens=spec.max_new_tokens,
-        recall=spec.recall,
-    )
-
-
-def _check_shapes(recipe: Recipe, tasks: Sequence[Task]) -> None:
-    for task in tasks:
-        is_label = task.train.shape is Shape.LABEL
-        if is_label != (recipe.kind == "classification"):
-            raise DataError(
-                f"Task {task.name!r} has rows of the shape {task.train.shape.value!r}, which "
-                f"`kind: {recipe.kind}` cannot learn. Use `kind: classification` for text + label "
-                "rows, and causal_lm for all others."
-            )
-
-
 # -- dressed for training -------------------------------------------------------------------------
 
 
@@ -292,12 +213,8 @@ def open_session(plan: Plan) -> Session:
         raise MethodError(said)
     steering.refuse(plan)
     collate = tokens.collate(plan.loaded.tokenizer)
-    tokenised = [
-        tokens.tokenise(
-            task.train, plan.loaded.tokenizer, max_length=plan.max_length, labels=plan.labels
-        )
-        for task in plan.stream
-    ]
+    tokenised = [_tokenised(plan, task) for task in plan.stream]
+    _check_questions(plan)
     model = dress(plan.loaded.model, plan.adapter, plan.seed)
     caches = getattr(base_model(model).config, "use_cache", None)
     # The trainer makes its output folder at once, but nothing may be written before all is checked.
@@ -318,3 +235,29 @@ def open_session(plan: Plan) -> Session:
         online=plan.online,
     )
     return Session(plan, model, tokenised, trainer.strategy, trainer, caches)
+
+
+def _tokenised(plan: Plan, task: Task) -> tokens.Tokenised:
+    tokenizer = plan.loaded.tokenizer
+    with _about(f"task {task.name!r}"):
+        return tokens.tokenise(
+            task.train, tokenizer, max_length=plan.max_length, labels=plan.labels
+        )
+
+
+def _check_questions(plan: Plan) -> None:
+    """One question of each, or a template that is missing would be noticed after training only."""
+    parts = [(f"task {task.name!r}", task.eval) for task in plan.stream]
+    parts += [(f"guard {g.name!r}", g.rows) for g in plan.guards if g.rows is not None]
+    for name, rows in parts:
+        with _about(f"{name}, evaluation rows"):
+            tokens.prompt_ids(rows.rows[0], rows.shape, plan.loaded.tokenizer)
+
+
+@contextlib.contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Say of which rows something is wrong."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error

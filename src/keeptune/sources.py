@@ -12,6 +12,7 @@ from typing import Any
 
 from keeptune.errors import DataError
 
+LONGEST_CELL = 2**31 - 1  # characters; Python would stop at 131,072
 BLOCK = 1000  # characters after which a text file's block ends with its line
 
 
@@ -44,8 +45,12 @@ def read(source: Any, split: str) -> Raw:
             f"data must be a path, a hub data set, a list of rows or a datasets.Dataset (one "
             f"split of it), not {type(source).__name__}."
         )
-    path = Path(source)
-    if path.suffix.lower() in _READERS or path.exists():
+    path = Path(source).expanduser()
+    try:
+        is_file = path.suffix.lower() in _READERS or path.exists()
+    except OSError as error:
+        raise DataError(f"{path!s:.100} cannot be read: {error.strerror or error}.") from error
+    if is_file:
         return _read_file(path)
     if hub := re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.\-\[\]%+:]+))?", str(source)):
         return _read_hub(hub[1], hub[2] or split)
@@ -53,13 +58,13 @@ def read(source: Any, split: str) -> Raw:
 
 
 def _read_file(path: Path) -> Raw:
-    if not path.exists():
-        raise DataError(f"there is no file {path}.")
     reader = _READERS.get(path.suffix.lower())
-    if reader is None or path.is_dir():
-        allowed = ", ".join(_READERS)
-        raise DataError(f"{path} is not a data file; it must be a file that ends in {allowed}.")
     try:
+        if not path.exists():
+            raise DataError(f"there is no file {path}.")
+        if reader is None or path.is_dir():
+            allowed = ", ".join(_READERS)
+            raise DataError(f"{path} is not a data file; it must be a file that ends in {allowed}.")
         return reader(path)
     except UnicodeDecodeError as error:
         raise DataError(
@@ -85,6 +90,8 @@ def _read_jsonl(path: Path) -> Raw:
                 raise DataError(
                     f"broken JSON at {at}, column {error.colno}: {error.msg}."
                 ) from error
+            except (ValueError, RecursionError) as error:  # a number too long, or far too deep
+                raise DataError(f"JSON at line {number} of {path} is too much: {error}.") from error
             numbers.append(number)
     return Raw(str(path), rows, numbers, "line")
 
@@ -92,16 +99,32 @@ def _read_jsonl(path: Path) -> Raw:
 def _read_json(path: Path) -> Raw:
     text = _text(path)
     if not text.lstrip().startswith("["):
+        if "\n" in text.strip() and _is_json(text):
+            raise DataError(
+                f"{path} holds one object over several lines; it must hold a list of rows "
+                "([{...}, {...}]), or one row a line."
+            )
         return _read_jsonl(path)
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"broken JSON at line {error.lineno} of {path}: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"JSON in {path} is too much: {error}.") from error
     return Raw(str(path), rows, range(1, len(rows) + 1))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_csv(path: Path) -> Raw:
     rows, numbers = [], []
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:

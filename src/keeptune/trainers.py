@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -232,14 +233,12 @@ def build_trainer(
         own |= {"bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
     if not torch.accelerator.is_available():
         own["use_cpu"] = True  # or several processes would not meet, and each train alone
-    try:
+    with _in_words():
         if kind == "classification":
             arguments: Any = TrainingArguments(**{**own, **settings})
         else:
             # Rows come tokenised and cut; TRL must not cut them again.
             arguments = SFTConfig(**{**own, "max_length": None, **settings})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"trainer: {error}") from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or transformers would copy the model to all of them at each step
     if arguments.activation_checkpointing:
@@ -256,17 +255,38 @@ def build_trainer(
             "trainer.fsdp spreads a model over several processes, and this is one. Start "
             "`torchrun --nproc_per_node N -m keeptune run RECIPE`, or leave `fsdp` out."
         )
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=first_rows,
-        processing_class=tokenizer,
-        data_collator=collate,
-        methods=methods,
-        online=online,
-    )
-    trainer.remove_callback(PrinterCallback)
+    with _in_words():
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=first_rows,
+            processing_class=tokenizer,
+            data_collator=collate,
+            methods=methods,
+            online=online,
+        )
+        trainer.remove_callback(PrinterCallback)
+        _try_optimizer(trainer)
     return trainer
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Say what the libraries have against some settings."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, ImportError, OSError, RuntimeError) as error:
+        raise RecipeError(f"trainer: {error}") from error
+
+
+def _try_optimizer(trainer: Any) -> None:
+    """Build the first task's optimizer and let go of it, to hear at once what is wrong with it."""
+    if trainer.is_fsdp_enabled:
+        return  # it is to be of shards
+    trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def leave_inputs_alone(model: Any) -> None:

@@ -21,16 +21,16 @@ from keeptune import engines, report
 from keeptune.bargains import Trial, chosen, objectives
 from keeptune.board import Board
 from keeptune.compare import FREE, one_job, work_off
-from keeptune.disk import locked, write_atomic
+from keeptune.disk import locked, refuse_unwritable, write_atomic
 from keeptune.errors import KeeptuneError, RecipeError
 from keeptune.folder import RunFolder
 from keeptune.guard import Guard
+from keeptune.inputs import read_sources
 from keeptune.jobs import Job
 from keeptune.recipe import Recipe, dump, load_recipe, resolve
 from keeptune.results import load
 from keeptune.runs import quiet
 from keeptune.search import Range, assignment, own_values, read_search
-from keeptune.session import read_sources
 from keeptune.strategies import strategy_of
 from keeptune.stream import Task
 
@@ -138,6 +138,7 @@ def tune(
         KeyboardInterrupt: It was stopped; the same call goes on.
         KeeptuneError: All trials failed, or another process is at work there.
     """
+    refuse_unwritable(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         study = _study(planned, out)

@@ -74,6 +74,8 @@ class Document:
             return {} if self.root is None else constructor.construct_document(self.root)
         except yaml.MarkedYAMLError as error:
             raise _not_yaml(error, self.name) from error
+        except (ValueError, RecursionError) as error:  # such as `!!int x`
+            raise RecipeError(f"{self.name} holds a value that cannot be read: {error}.") from error
 
     def where(self, path: Sequence[str | int]) -> str:
         """`file:line` (or the `--set` flag) of the value at a path, or of its nearest parent."""
