@@ -185,7 +185,7 @@ def _method_problems(recipe: Recipe) -> Iterator[str]:
 def _trainer_problems(recipe: Recipe) -> Iterator[str]:
     if not recipe.trainer:
         return
-    from keeptune.seams import ONLINE
+    from keeptune.demands import ONLINE
 
     hints = _trainer_types(recipe.kind)
     for key, value in recipe.trainer.items():

@@ -35,15 +35,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from keeptune import state
 from keeptune.chain import Chain
+from keeptune.demands import require_of
 from keeptune.disk import new_folder
-from keeptune.errors import DataError, MethodError, RecipeError, TrainingError
+from keeptune.errors import DataError, MethodError, TrainingError
 from keeptune.loss_terms import LossTerms
 from keeptune.method import OPTIONS, Context, Method
 from keeptune.overseer import Overseer
-from keeptune.reading import base_model
-
-# What a stream that is seen once needs of the trainer's arguments.
-ONLINE = {"num_train_epochs": 1, "max_steps": -1, "train_sampling_strategy": "sequential"}
 
 
 class Seams(LossTerms):
@@ -74,79 +71,9 @@ class Seams(LossTerms):
         self.overseer: Overseer | None = None
         self._learned: set[str] = set()
         self._first_scale: dict[str, Any] = {}
-        self._require_one_gpu()
-        self._require_gradients()
-        self._require_adapter()
-        self._require_classifier()
+        require_of(self)
         self._require_logits()
-        if online:
-            self._require_order()
         self.add_callback(_Verbs(self))
-
-    def _require_gradients(self) -> None:
-        if self.is_deepspeed_enabled:
-            raise MethodError(
-                "keeptune cannot reach the gradients under DeepSpeed, which steps inside its own "
-                "backward. Use FSDP2 instead (`fsdp: true` in the trainer's settings)."
-            )
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise MethodError(
-                "keeptune cannot tell weights apart under FSDP1, which joins them into one. "
-                "Leave `version` out of `fsdp_config`: the default is FSDP2."
-            )
-
-        again = self.args.activation_checkpointing_kwargs or {}
-        if self.args.activation_checkpointing and again.get("use_reentrant"):
-            raise RecipeError(
-                "trainer.activation_checkpointing_kwargs has use_reentrant: true. Then only a "
-                "step's loss can be differentiated, and nothing above frozen layers; methods need "
-                "more. Leave it out: the other way to recompute layers gives the same gradients."
-            )
-
-    def _require_adapter(self) -> None:
-        found = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
-        is_lora = bool(found) and all(config.peft_type == "LORA" for config in found.values())
-        if "adapter" in self.strategy.needs and not is_lora:
-            who = [m.name() for m in self.strategy if "adapter" in m.needs]
-            trained = "another kind of adapter is" if found else "all weights are"
-            raise MethodError(
-                f"The method {who[0]!r} needs a LoRA adapter, but {trained} trained here. "
-                "Set `adapter: {kind: lora, rank: 16}` in the recipe, or remove the method."
-            )
-
-    def _require_classifier(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        base = base_model(model)
-        if "classifier" in self.strategy.needs and base.can_generate():
-            who = [m.name() for m in self.strategy if "classifier" in m.needs]
-            raise MethodError(
-                f"The method {who[0]!r} needs a sequence classifier, but {type(base).__name__} is "
-                "a language model. Set `kind: classification` in the recipe, or remove the method."
-            )
-
-    def _require_one_gpu(self) -> None:
-        if self.args.n_gpu > 1:
-            raise RecipeError(
-                f"This process sees {self.args.n_gpu} GPUs, over which transformers would copy the "
-                "model at each step, and methods would not meet the copies. Start one process for "
-                f"each (`torchrun --nproc_per_node {self.args.n_gpu} ...`), or set "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
-
-    def _require_order(self) -> None:
-        for key, wanted in ONLINE.items():
-            if (got := getattr(self.args, key)) != wanted:
-                raise RecipeError(
-                    f"trainer.{key} is {got!r}, but online each row is learned once, in its order, "
-                    f"which needs {wanted!r}. Leave the key out, or leave `online` out."
-                )
-        for method in self.strategy:
-            if type(method).data is not Method.data and not method.keeps_order:
-                raise MethodError(
-                    f"The method {method.name()!r} chooses among all rows of a task before it is "
-                    "learned, and online they come one after another. Remove the method, or leave "
-                    "`online` out."
-                )
 
     # -- one task -----------------------------------------------------------------------------
 

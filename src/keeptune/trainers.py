@@ -22,11 +22,12 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from keeptune import state
+from keeptune.demands import ONLINE
 from keeptune.errors import RecipeError
 from keeptune.method import Method
 from keeptune.processes import any_says, is_first, launched
 from keeptune.reading import base_model
-from keeptune.seams import ONLINE, Seams
+from keeptune.seams import Seams
 
 Report = Callable[[int, int, dict[str, float]], None]
 

@@ -24,7 +24,7 @@ import clauses
 import mixtures
 import stage
 import subspaces
-from keeptune import registry
+from keeptune import demands, registry
 from keeptune.chain import Chain
 from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
@@ -47,7 +47,6 @@ from keeptune.methods.retrieval import Retrieval
 from keeptune.methods.si import SI
 from keeptune.methods.task_lora import TaskLoRA
 from keeptune.methods.wise import WiSE
-from keeptune.seams import Seams
 from partners import MoreRows, Partner, Pull
 from stage import Subject
 
@@ -475,7 +474,7 @@ def test_7_full_weights_are_refused_unclearly(monkeypatch: pytest.MonkeyPatch) -
         if not hasattr(self.model, "peft_config"):
             raise MethodError("task_lora: an adapter is needed.")
 
-    monkeypatch.setattr(Seams, "_require_adapter", refuse)
+    monkeypatch.setattr(demands, "_require_adapter", refuse)
     with pytest.raises(AssertionError, match="does not say what to do"):
         clauses.trains_adapters_and_all_weights(Subject(TaskLoRA))
 
