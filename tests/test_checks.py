@@ -5,7 +5,7 @@ import pytest
 import runs
 from keeptune.checks import CHECKS, COMPARISONS, run_checks
 from keeptune.folder import RunFolder
-from keeptune.records import Evidence, TaskEvidence
+from keeptune.records import Cell, Evidence, TaskEvidence
 
 NAN = float("nan")
 
@@ -174,8 +174,17 @@ def test_kt011_rows_cut(tmp_path):
     run.tasks[0].truncated_rows, run.tasks[0].dropped_rows = 30, 5
     run.tasks[1].truncated_rows = 2
     message = found(runs.fabricate(tmp_path / "a", run))["KT011"].message
-    assert message.startswith("30 rows of task 'French names' were cut and 5 dropped")
+    assert message.startswith("30 rows of task 'French names' were cut because they are too long")
+    assert "and 5 left out" in message
     assert "Finnish" not in message
+    folder = runs.fabricate(tmp_path / "b", runs.info())
+    for name, cut in (("guard-000", 60), ("guard-001", 2)):
+        file = folder.path / "rows" / "000" / f"{name}.json"
+        cell = Cell.model_validate_json(file.read_text())
+        file.write_text(cell.model_copy(update={"truncated": cut}).model_dump_json())
+    message = found(folder)["KT011"].message
+    assert "60 of 120 evaluation rows of 'capitals' were cut" in message
+    assert "continents" not in message
 
 
 def test_the_gravest_comes_first_and_names_its_run(tmp_path):

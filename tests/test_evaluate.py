@@ -262,6 +262,22 @@ def test_prompts_longer_than_the_context_lose_their_beginning_and_are_counted():
     assert (scored.truncated, scored[0].weight) == (1, len(short) - 1)
 
 
+def test_no_row_of_a_batch_is_written_past_the_models_positions():
+    model = gpt2()
+    context = model.config.n_positions
+    rows = [
+        {"prompt": "a" * (context - 10), "completion": "b"},
+        {"prompt": "c", "completion": "d" * (context - 20)},
+        {"prompt": "e" * 5, "completion": "f"},
+    ]
+    alone = [
+        score_rows(model, pico.tokenizer(), read_rows([row]), "exact_match")[0].answer
+        for row in rows
+    ]
+    together = score_rows(model, pico.tokenizer(), read_rows(rows), "exact_match")
+    assert [example.answer for example in together] == alone
+
+
 @pytest.mark.parametrize("bert", [True, False])
 @pytest.mark.parametrize("pad", [True, False])
 def test_classes_are_those_of_each_text_alone(bert, pad):

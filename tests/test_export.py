@@ -148,6 +148,7 @@ def test_the_adapter_of_each_task_is_the_runs_bit_for_bit(home: Path) -> None:
 def test_the_mean_of_all_adapters_is_one_adapter(home: Path) -> None:
     folder = run(recipe(home, methods=["task_lora"], adapter=LORA))
     done = export(folder.path, home / "out")
+    assert "those of the learned tasks are not" in (done.path / "README.md").read_text()
     got = alone("AutoPeftModelForCausalLM", done.path, asked(1))
     for one, other in zip(got, served(folder, None, asked(1)), strict=True):
         assert torch.equal(one, other)
@@ -337,6 +338,9 @@ def test_a_router_is_exported_task_by_task_and_a_memory_is_not(home: Path) -> No
     folder = run(recipe(home, methods=methods, adapter=LORA))
     refused(MethodError, "chooses a task for each question", folder.path, home / "out")
     assert export(folder.path, home / "out", task="t0").kind == "adapter"
+    card = (home / "out" / "README.md").read_text()
+    assert "Those of t0 are this export's" in card
+    assert "Kept" not in card
     folder = run(recipe(home, methods=["retrieval"], out=str(home / "memory")))
     refused(MethodError, "retrieval cannot be exported", folder.path, home / "none", task="t0")
 

@@ -74,6 +74,21 @@ def test_lm_eval_scores_the_model_in_memory_example_by_example(own_task: Path) -
     assert model.training
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
+def test_a_question_counts_once_and_a_group_is_all_of_its_tasks(own_task: Path) -> None:
+    pytest.importorskip("lm_eval")
+    text = (own_task / "letters.yaml").read_text().replace("task: letters", "task: more_letters")
+    twice = "filter_list: [{name: a, filter: [{function: take_first}]}, "
+    twice += "{name: b, filter: [{function: take_first}]}]\n"
+    (own_task / "more.yaml").write_text(text + twice)
+    (own_task / "both.yaml").write_text("group: both\ntask: [letters, more_letters]\n")
+    for name, count in (("more_letters", 6), ("both", 12)):
+        (guard,) = read_guard(LmEvalGuard(lm_eval=[name], include_path=str(own_task)))
+        examples = score_lm_eval(pico.causal_lm(), pico.tokenizer(), guard, 4)
+        assert [e.id for e in examples] == list(range(count))
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")

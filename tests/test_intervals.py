@@ -11,6 +11,7 @@ from keeptune.intervals import (
     resample,
     with_interval,
 )
+from keeptune.units import mean_over_seeds
 
 
 def test_the_interval_of_a_mean_is_near_the_normal_one():
@@ -113,6 +114,23 @@ def test_one_seed_has_no_interval_and_none_has_no_value():
     assert over_seeds([0.4]).low is None
     assert over_seeds([None]).value is None
     assert over_seeds([0.4, None, 0.6]).n == 2
+
+
+def test_seeds_that_are_equal_do_not_show_how_far_they_vary():
+    found = over_seeds([0.25, 0.25, None])
+    assert (found.value, found.low, found.high, found.n) == (0.25, None, None, 2)
+    assert not found.is_above
+
+
+def test_perplexities_over_seeds_are_averaged_in_their_logarithms():
+    found = mean_over_seeds([10.0, 12.0], "perplexity")
+    assert found.value == pytest.approx(120**0.5)
+    assert 0 < found.low < 10 < 12 < found.high
+    change = mean_over_seeds([0.02, 0.30], "relative")
+    assert change.value == pytest.approx((1.02 * 1.30) ** 0.5 - 1)
+    assert -1 < change.low < 0.02 < 0.30 < change.high
+    assert mean_over_seeds([0.5, 0.7], "share") == over_seeds([0.5, 0.7])
+    assert mean_over_seeds([float("inf"), 2.0], "perplexity").value == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,12 @@ def test_a_change_under_the_floor_is_none(value: float, low: float, high: float,
 
 
 def test_the_floor_of_a_perplexity_is_relative() -> None:
-    # the logarithm fell by 0.2: 18 % less, and two runs differ by 0.1, 10.5 %
+    # the logarithm fell by 0.2: 18 % less, and two runs differ by 0.1: 9.5 % less, or 10.5 % more
     found = convert(Estimate(0.2, 0.15, 0.25, floor=0.1), "change", "relative")
-    assert found.floor == pytest.approx(math.expm1(0.1))
+    assert found.floor == pytest.approx(-math.expm1(-0.1))
     assert found.is_below
+    rise = convert(Estimate(-0.2, -0.25, -0.15, floor=0.1), "change", "relative")
+    assert rise.floor == pytest.approx(math.expm1(0.1))
     assert convert(Estimate(0.09, 0.05, 0.12, floor=0.1), "change", "relative").is_noise
 
 

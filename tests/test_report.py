@@ -221,6 +221,37 @@ def test_an_unfinished_run_has_a_report(tmp_path, rows):
     assert ("No task is learned yet." in words) == (rows < 2)
 
 
+def test_perplexities_that_vary_between_seeds_are_drawn(tmp_path):
+    paths = []
+    for methods in ((), (runs.EWC,)):
+        for seed, last in ((0, 10.0), (1, 20.0)):
+            G = runs.drift(runs.GUARDS, 4, 0.02)
+            G = [[*scores[:-1], last] for scores in G]
+            run = runs.info(methods=methods, seed=seed)
+            paths.append(runs.fabricate(tmp_path / f"{len(methods)}-{seed}", run, G=G).path)
+    assert "14.1" in Page(render(paths)).words
+
+
+def test_a_seed_that_has_learned_nothing_yet_takes_no_part(tmp_path):
+    whole = [
+        runs.fabricate(tmp_path / name, runs.info(methods=methods)).path
+        for name, methods in (("a0", [runs.EWC]), ("plain", []))
+    ]
+    begun = runs.info(methods=[runs.EWC], seed=1, status="running")
+    R = runs.stream(runs.TASKS, 0.5, 0.05)[:1]
+    paths = [runs.fabricate(tmp_path / "a1", begun, R=R).path, *whole]
+    assert "No task is learned yet." not in Page(render(paths)).words
+
+
+def test_keys_that_were_searched_differ_on_purpose(tmp_path):
+    paths = [runs.fabricate(tmp_path / name, runs.info()).path for name in ("a", "b")]
+    recipe = paths[1] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("learning_rate: 0.0002", "learning_rate: 0.1"))
+    assert "differ in more than their methods" in Page(render(paths)).words
+    for varied in (["trainer.learning_rate"], ["trainer.learning_rate", "adapter.rank"]):
+        assert "differ in more than" not in Page(render(paths, varied)).words
+
+
 def test_one_task_and_no_guard(tmp_path):
     run = runs.info(["only"], [])
     words = Page(render([runs.fabricate(tmp_path / "run", run).path])).words

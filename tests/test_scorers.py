@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from keeptune.errors import DataError
+from keeptune.records import Example
 from keeptune.rows import Shape, read_rows
 from keeptune.scorers import (
     DEFAULTS,
+    cell_score,
     check_score,
     exact_match,
     rouge_l,
@@ -41,6 +45,12 @@ def test_rouge_l_counts_the_longest_common_subsequence():
     assert rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx(2 / 4)
     assert rouge_l("Paris!", "it is paris") == pytest.approx(2 * 1 / 4)
     assert rouge_l("", "") == 0
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    rows = [Example(id=0, prompt="", expected="", answer="", score=1e3, weight=2)]
+    assert cell_score(rows, "perplexity") == float("inf")
+    assert math.isnan(cell_score([], "perplexity"))
 
 
 def test_units_and_defaults():

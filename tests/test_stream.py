@@ -6,7 +6,7 @@ import pytest
 
 from keeptune.errors import DataError, RecipeError
 from keeptune.rows import Rows, read_rows
-from keeptune.stream import Task, TaskStream
+from keeptune.stream import Task, TaskStream, learned_by_heart
 from keeptune.streams import toy
 
 
@@ -72,3 +72,11 @@ def test_the_toy_stream_is_right_disjoint_and_the_same_each_time():
     row = stream[0].train.rows[0]
     word = row["prompt"].removeprefix("reverse ").removesuffix(":")
     assert row["completion"] == " " + word[::-1]
+
+
+def test_rows_of_a_guard_that_some_task_learns_are_counted_once():
+    pairs = [{"prompt": p, "completion": "x"} for p in "abcde"]
+    data = [read_rows(pairs[:2]), read_rows(pairs[1:3]), read_rows(pairs[3:])]
+    tasks = [Task(str(i), rows, data[2], recall=True) for i, rows in enumerate(data[:2])]
+    assert learned_by_heart(read_rows(pairs), tasks) == 3
+    assert learned_by_heart(data[2], tasks) == 0

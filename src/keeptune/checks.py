@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +56,7 @@ class Comparison:
     code: str
     title: str
     severity: Severity
-    run: Callable[[Sequence[RunFolder]], str | None]
+    run: Callable[[Sequence[RunFolder], Collection[str]], str | None]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ class Finding:
     run: Path | None = None
 
 
-def run_checks(*folders: RunFolder) -> list[Finding]:
-    """Run every check on each folder, and those about comparisons on all; the gravest first."""
+def run_checks(*folders: RunFolder, varied: Collection[str] = ()) -> list[Finding]:
+    """Run every check on each folder, and those about comparisons on all; the gravest first.
+
+    Args:
+        folders: The runs.
+        varied: Keys of their recipes that differ on purpose.
+    """
     found = [
         Finding(check.code, check.title, check.severity, message, folder.path)
         for folder in folders
@@ -89,7 +94,7 @@ def run_checks(*folders: RunFolder) -> list[Finding]:
     found += [
         Finding(check.code, check.title, check.severity, message)
         for check in COMPARISONS
-        if (message := check.run(folders))
+        if (message := check.run(folders, varied))
     ]
     order = ("error", "warning", "note")
     return sorted(found, key=lambda f: (order.index(f.severity), f.code))
@@ -204,12 +209,22 @@ def _no_guard(folder: RunFolder) -> str | None:
 
 
 def _cut(folder: RunFolder) -> str | None:
-    return _sentence(
-        f"{d.truncated_rows} rows of task {d.name!r} were cut and {d.dropped_rows} dropped "
-        f"because they are too long, {d.train_rows} were trained on"
+    results = load(folder)
+    said = [
+        f"{d.truncated_rows} rows of task {d.name!r} were cut because they are too long, and "
+        f"{d.dropped_rows} left out because nothing to learn was left of them; {d.train_rows} were "
+        "trained on"
         for d in folder.info.tasks
         if d.truncated_rows + d.dropped_rows > CUT_SHARE * (d.train_rows + d.dropped_rows)
-    )
+    ]
+    for column in (*results.tasks, *results.waiting, *results.guards):
+        cell = next((cell for cell in column.cells if cell is not None), None)
+        if cell is not None and cell.truncated > CUT_SHARE * cell.n:
+            said.append(
+                f"{cell.truncated} of {cell.n} evaluation rows of {cell.name!r} were cut because "
+                "they are longer than max_length, and are scored on what was left"
+            )
+    return _sentence(said)
 
 
 def _fallen(folder: RunFolder) -> str | None:
@@ -237,7 +252,7 @@ def _nothing_taken(folder: RunFolder) -> str | None:
     )
 
 
-def _one_seed(folders: Sequence[RunFolder]) -> str | None:
+def _one_seed(folders: Sequence[RunFolder], varied: Collection[str]) -> str | None:
     seeds: dict[str, set[int]] = {}
     for folder in folders:
         known = noise.seeds if (noise := load(folder).noise) else [folder.info.seed]
@@ -251,11 +266,16 @@ def _one_seed(folders: Sequence[RunFolder]) -> str | None:
     )
 
 
-def _unlike(folders: Sequence[RunFolder]) -> str | None:
+def _unlike(folders: Sequence[RunFolder], varied: Collection[str]) -> str | None:
     first, reasons = folders[0], []
     for other in folders[1:]:
         ours, theirs = _conditions(first), _conditions(other)
-        differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        differing = [
+            key
+            for key in {**ours, **theirs}
+            if ours.get(key) != theirs.get(key)
+            and not any(f"{one}.".startswith(f"{key}.") for one in varied)
+        ]
         if differing:
             shown = ", ".join(
                 f"{key} ({_short(ours.get(key))} and {_short(theirs.get(key))})"
@@ -315,7 +335,7 @@ CHECKS = (
     Check("KT007", "Evidence is missing", "error", _no_evidence),
     Check("KT009", "A guard starts near zero", "warning", _low_start),
     Check("KT010", "No guard", "note", _no_guard),
-    Check("KT011", "Training rows were cut", "warning", _cut),
+    Check("KT011", "Rows were cut", "warning", _cut),
     Check("KT012", "A watched line was crossed", "warning", _fallen),
     Check("KT013", "The budget allowed nothing", "warning", _nothing_taken),
 )

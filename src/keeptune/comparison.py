@@ -24,7 +24,7 @@ from keeptune.metrics import (
 )
 from keeptune.records import Unit
 from keeptune.results import Results, load
-from keeptune.units import Scale, convert, shown_as
+from keeptune.units import Scale, convert, mean_over_seeds, shown_as
 
 TRAINING = ("train", "end_task")
 
@@ -200,7 +200,7 @@ def _over_seeds(metrics: list[Metric]) -> Metric:
     if len(metrics) == 1:
         return metrics[0]
     first = metrics[0]
-    estimate = over_seeds([m.estimate.value for m in metrics])
+    estimate = mean_over_seeds([m.estimate.value for m in metrics], first.shown)
     reason = "" if estimate.value is not None else first.reason
     return Metric(
         first.key, first.title, first.meaning, first.source, first.shown, estimate, reason
@@ -242,4 +242,6 @@ def difference(ours: list[Results], theirs: list[Results], key: str) -> Estimate
 def _mean_run(runs: list[Results], definition: Definition, unit: Unit) -> tuple[float, Array]:
     both = [raw(run, definition, unit) for run in runs]
     values = [value for value, _ in both]
+    if np.isnan(values).any():
+        return float("nan"), np.full(1, np.nan)
     return float(np.mean(values)), np.mean([draws for _, draws in both], axis=0)

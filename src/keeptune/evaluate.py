@@ -7,7 +7,7 @@ Several processes that each have the whole model share the batches, and all have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -272,7 +272,7 @@ def _generate(job: _Job, score: str, max_new_tokens: int | None) -> list[Example
         limits.append(limit)
     examples: dict[int, Example] = {}
     sizes = [len(p) + limit for p, limit in zip(prompts, limits, strict=True)]
-    for batch in job.batches(sizes, NO_LIMIT):
+    for batch in _within(job.batches(sizes, NO_LIMIT), prompts, limits, job.context):
         ids, mask = padded([prompts[i] for i in batch], pad_id(job.tokenizer), job.model, left=True)
         config = GenerationConfig(
             max_new_tokens=max(limits[i] for i in batch),
@@ -287,6 +287,25 @@ def _generate(job: _Job, score: str, max_new_tokens: int | None) -> list[Example
             text = _text(job.tokenizer, new[: limits[i]], stops)
             examples[i] = job.example(i, text, judge(text, rows[i]))
     return job.all(examples)
+
+
+def _within(
+    batches: Iterable[list[int]], prompts: Sequence[Ids], limits: Sequence[int], context: int
+) -> Iterator[list[int]]:
+    """Smaller batches where the longest question and the longest answer pass the context.
+
+    All rows of a batch are written as far as the longest, in positions that a model may not have.
+    """
+    for batch in batches:
+        part: list[int] = []
+        for i in batch:
+            both = [*part, i]
+            asked, written = max(len(prompts[j]) for j in both), max(limits[j] for j in both)
+            if part and asked + written > context:
+                yield part
+                part = []
+            part.append(i)
+        yield part
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Ids, stops: set[int]) -> str:

@@ -147,7 +147,8 @@ def _write(probe: _Probe, folder: RunFolder, out: Path, task: str | None, merged
         with new_folder(out, replace=False) as files:
             write_model(whole, base, files)
             session.tokenizer.save_pretrained(files)
-            card = model_card(folder, kind, base=hub_name(session), task=task)
+            apart = any(method.served == "per task" for method in session.chain)
+            card = model_card(folder, kind, base=hub_name(session), task=task, apart=apart)
             (files / "README.md").write_text(card, "utf-8")
             probe.compare(files, kind, exact=not exported.is_merged)
     except OSError as error:

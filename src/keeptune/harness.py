@@ -39,7 +39,7 @@ def task_manager(guard: Guard) -> Any:
 
 
 def score_lm_eval(model: Any, tokenizer: Any, guard: Guard, batch_size: int) -> list[Example]:
-    """Score a model on one lm-eval task, example by example.
+    """Score a model on one lm-eval task, or on all of a group, example by example.
 
     Args:
         model: A causal LM, with or without adapters; its mode is left as it was.
@@ -79,7 +79,13 @@ def score_lm_eval(model: Any, tokenizer: Any, guard: Guard, batch_size: int) -> 
         ) from error
     finally:
         model.train(was_training)
-    return [_example(i, s, guard.name) for i, s in enumerate(results["samples"][guard.name])]
+    samples = [sample for of_task in results["samples"].values() for sample in _once(of_task)]
+    return [_example(i, sample, guard.name) for i, sample in enumerate(samples)]
+
+
+def _once(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each question once: a task with several filters lists it under each of them."""
+    return [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
 
 
 def _example(number: int, sample: dict[str, Any], task: str) -> Example:

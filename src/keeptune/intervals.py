@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 DRAWS = 2000
+FEWEST_EQUAL = 4  # equal values of so few seeds happen by chance too often
 # Student's t at 0.975 for 1 to 30 degrees of freedom; beyond 30 the last one is a little wide.
 _T975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -211,6 +212,8 @@ def t975(degrees: int) -> float:
 def over_seeds(values: Sequence[float | None]) -> Estimate:
     """Mean over runs that differ in their seed, with Student's t interval.
 
+    Two or three that are equal have none.
+
     It covers the randomness of training, which no bootstrap over examples sees.
 
     Args:
@@ -222,5 +225,7 @@ def over_seeds(values: Sequence[float | None]) -> Estimate:
     center = float(known.mean())
     if len(known) == 1:
         return Estimate(center, n=1)
+    if len(known) < FEWEST_EQUAL and np.ptp(known) < 1e-12:
+        return Estimate(center, n=len(known))  # scores are coarse: how far they vary is not seen
     half = t975(len(known) - 1) * float(known.std(ddof=1)) / len(known) ** 0.5
     return Estimate(center, center - half, center + half, len(known))

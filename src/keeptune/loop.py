@@ -305,6 +305,7 @@ class Loop:
             seconds=time.monotonic() - started,
             added_tokens=prompts.tokens,
             added_seconds=prompts.seconds,
+            truncated=prompts.cut,
             examples=examples,
         )
 

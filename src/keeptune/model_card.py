@@ -16,7 +16,9 @@ from keeptune.wording import headline
 Kind = Literal["model", "adapter"]
 
 
-def model_card(folder: RunFolder, kind: Kind, *, base: str | None, task: str | None) -> str:
+def model_card(
+    folder: RunFolder, kind: Kind, *, base: str | None, task: str | None, apart: bool = False
+) -> str:
     """A model card for the hub, and for people.
 
     Args:
@@ -24,6 +26,8 @@ def model_card(folder: RunFolder, kind: Kind, *, base: str | None, task: str | N
         kind: What is written beside it: a PEFT "adapter" or a whole "model".
         base: The base model's name on the hub, if it has one.
         task: The task that it answers; None for all.
+        apart: Whether the run answers each task by a part of its own, so that not all of its
+            scores are this export's.
     """
     info = folder.info
     names = ", ".join(column.info.name for column in load(folder).tasks)
@@ -32,7 +36,9 @@ def model_card(folder: RunFolder, kind: Kind, *, base: str | None, task: str | N
         _front(folder, kind, base),
         f"# {info.model['name']}, taught {names}",
         f"{served} Base model: {info.model['name']}. Strategy: {info.strategy}.",
-        " ".join(headline(compare([folder])[0])).replace("\u00a0", " "),
+        _part_of(task)
+        if apart
+        else " ".join(headline(compare([folder])[0])).replace("\u00a0", " "),
         "## Load it",
         _loading(folder, kind),
         "## What it learned and what it kept",
@@ -48,6 +54,21 @@ def model_card(folder: RunFolder, kind: Kind, *, base: str | None, task: str | N
         f"```yaml\n{(folder.path / 'recipe.yaml').read_text('utf-8').strip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _part_of(task: str | None) -> str:
+    """Which of a run's scores are those of an export that is not all of it."""
+    if task is not None:
+        return (
+            "The scores below are the run's, which answers each task by a part of its own. Those "
+            f"of {task} are this export's; other tasks were answered by other parts, and guards by "
+            "what answers when the task is not known."
+        )
+    return (
+        "The scores below are the run's, which answers each task by a part of its own. This export "
+        "is what answers when the task is not known: the guards' scores are its own, those of the "
+        "learned tasks are not, and how well it answers these was not measured."
+    )
 
 
 def _front(folder: RunFolder, kind: Kind, base: str | None) -> str:

@@ -54,8 +54,8 @@ class Adapter(Part):
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Numbers of the layers that get an adapter (PEFT's layers_to_transform); default: all."""
     options: dict[str, Any] = {}
-    """Any other key of the PEFT config of this kind, as it is; first values that change the model's \
-own weights (PiSSA and its like) are refused."""
+    """Any other key of the PEFT config of this kind, as it is; first values that change the \
+model's own weights (PiSSA and its like) are refused."""
 
     @model_validator(mode="before")
     @classmethod

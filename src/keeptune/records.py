@@ -48,6 +48,7 @@ class Cell(_Record):
         seconds: What it took to evaluate.
         added_tokens: Tokens put before the questions, all together.
         added_seconds: Of `seconds`, those spent on finding them.
+        truncated: Examples longer than the context: questions lost their beginning, text its end.
         examples: Per-example results, in row order; empty only where a tool gives none.
     """
 
@@ -58,6 +59,7 @@ class Cell(_Record):
     seconds: float = 0.0
     added_tokens: int = 0
     added_seconds: float = 0.0
+    truncated: int = 0
     examples: list[Example] = []
 
 

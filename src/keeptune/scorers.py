@@ -45,7 +45,12 @@ def cell_score(examples: Sequence[Example], unit: Unit) -> float:
     if not weight:
         return math.nan
     mean = sum(e.score * e.weight for e in examples) / weight
-    return math.exp(mean) if unit == "perplexity" else mean
+    if unit != "perplexity":
+        return mean
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
 
 
 def check_score(score: str, rows: Rows) -> None:

@@ -22,11 +22,12 @@ class Prompts:
     Attributes:
         tokens: How many were added.
         seconds: What it took.
+        cut: Rows scored so far that were longer than the context, and lost their beginning.
     """
 
     def __init__(self, chain: Chain, ctx: Context) -> None:
         self.chain, self.ctx = chain, ctx
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.cut = 0, 0.0, 0
 
     def __call__(self, ids: Ids, room: int) -> Ids:
         """What is asked in place of `ids`."""
@@ -72,6 +73,7 @@ def score_served(
         examples = session.score(
             some, score, max_new_tokens=max_new_tokens, tick=tick, prompt=prompts
         )
+        prompts.cut += examples.truncated
         for i, example in zip(positions, examples, strict=True):
             found[i] = example.model_copy(update={"id": i})
     return [found[i] for i in range(len(rows))]

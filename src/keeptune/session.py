@@ -27,7 +27,7 @@ from keeptune.recipe import Recipe
 from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
 from keeptune.records import DataInfo, MethodInfo
 from keeptune.rows import Rows, leaked
-from keeptune.stream import Task, TaskStream, class_names
+from keeptune.stream import Task, TaskStream, class_names, learned_by_heart
 from keeptune.trainers import ClassifierTrainer, TextTrainer, build_trainer
 
 DEFAULT_LENGTH = 1024
@@ -119,6 +119,7 @@ class Session:
                 eval_rows=len(g.rows) if g.rows else 0,
                 eval_sha256=g.rows.sha256 if g.rows else "",
                 transfer_of=g.transfer_of,
+                leaked_rows=learned_by_heart(g.rows, self.plan.stream) if g.rows else 0,
             )
             for g in self.plan.guards
         ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from keeptune.errors import RecipeError
 from keeptune.records import Unit
-from keeptune.rows import Rows, Shape, leaked
+from keeptune.rows import Rows, Shape, leaked, new_rows
 from keeptune.scorers import DEFAULTS, check_score, unit
 
 LONGEST_NAME = 80  # characters
@@ -107,6 +107,14 @@ class TaskStream:
             if (other is not task or (within and not task.recall))
             and (count := leaked(other.train, task.eval))
         ]
+
+
+def learned_by_heart(rows: Rows, tasks: Iterable[Task]) -> int:
+    """How many evaluation rows of a guard are also among the training rows of some task."""
+    new = set(range(len(rows)))
+    for task in tasks:
+        new &= set(new_rows(task.train, rows))
+    return len(rows) - len(new)
 
 
 def class_names(listed: Sequence[str], tasks: Sequence[Task]) -> list[str]:

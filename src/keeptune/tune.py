@@ -281,4 +281,5 @@ def _write(planned: Plan, trials: list[Trial], out: Path) -> Tuned:
         out / KNEE, dump(recipe.model_copy(update={"out": None, "validation": None})).encode()
     )
     folders = list(dict.fromkeys(Path(t.folder) for t in (*best, trials[0]) if not t.said))
-    return Tuned(trials, out / KNEE, report.write(folders, out / "comparison.html"))
+    page = report.write(folders, out / "comparison.html", varied=[o.key for o in planned.ranges])
+    return Tuned(trials, out / KNEE, page)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from keeptune.intervals import Estimate
+from keeptune.intervals import Estimate, over_seeds
 from keeptune.records import Unit
 
 Scale = Literal["level", "change", "loss", "ratio"]
@@ -33,8 +35,29 @@ def convert(estimate: Estimate, scale: Scale, shown: Shown) -> Estimate:
         with np.errstate(over="ignore"):
             return float(np.exp(sign * goodness)) - offset
 
-    floor = math.expm1(estimate.floor)
+    # Noise of so much in goodness is more of a rise than of a fall.
+    floor = abs(math.expm1(math.copysign(estimate.floor, one(estimate.value))))
     if estimate.low is None or estimate.high is None:
         return Estimate(one(estimate.value), n=estimate.n, floor=floor)
     low, high = sorted((one(estimate.low), one(estimate.high)))
     return Estimate(one(estimate.value), low, high, estimate.n, floor)
+
+
+def mean_over_seeds(values: Sequence[float | None], shown: Shown) -> Estimate:
+    """Mean over seeds of values as they are shown, with Student's t interval.
+
+    Perplexities and their relative changes are averaged in their logarithms, as everywhere else: a
+    geometric mean, whose interval stays where perplexities can be.
+
+    Args:
+        values: One a seed, in the unit of `shown`; None is left out.
+        shown: The unit.
+    """
+    if shown in ("share", "points"):
+        return over_seeds(values)
+    offset = 1.0 if shown == "relative" else 0.0
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        found = over_seeds([None if v is None else float(np.log(v + offset)) for v in values])
+        ends = [found.value, found.low, found.high]
+        value, low, high = (None if e is None else float(np.exp(e)) - offset for e in ends)
+    return replace(found, value=value, low=low, high=high)

@@ -24,7 +24,7 @@ def number(value: float, shown: Shown, *, digits: int = 0, sign: bool = True) ->
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if shown == "perplexity":
-        return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
+        return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:,.0f}"
     plus = "+" if sign and shown in ("points", "relative") else ""
     text = f"{100 * value:{plus}.{digits}f}"
     if not any(c in "123456789" for c in text):
@@ -80,7 +80,7 @@ def headline(group: Group, plain: Group | None = None) -> list[str]:
         group: The run.
         plain: Plain fine-tuning on the same data, when it was run too.
     """
-    summary = group.summaries[0]
+    summary = next((s for s in group.summaries if s.learned), group.summaries[0])
     if not summary.learned:
         return ["No task is learned yet."]
     sentences = [

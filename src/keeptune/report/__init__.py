@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,18 +57,21 @@ class Page:
     several_seeds: bool
 
 
-def write(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write(
+    folders: Sequence[Path], out: Path | None = None, *, varied: Collection[str] = ()
+) -> Path:
     """Write the report of one run, or of several side by side, and say where it is.
 
     Args:
         folders: Run folders; a run need not be finished, and may have failed.
         out: The page; default report.html in the run folder, for several folders comparison.html
             beside the first one.
+        varied: Keys of the runs' recipes that differ on purpose.
 
     Raises:
         FolderError: A folder is not a run, is damaged or given twice, or the disk is full.
     """
-    page = render(folders)
+    page = render(folders, varied)
     if out is None:
         first = Path(folders[0])
         out = first / "report.html" if len(folders) == 1 else first.parent / "comparison.html"
@@ -79,8 +82,12 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     return out
 
 
-def render(folders: Sequence[Path]) -> str:
+def render(folders: Sequence[Path], varied: Collection[str] = ()) -> str:
     """The page as text.
+
+    Args:
+        folders: As in `write`.
+        varied: As in `write`.
 
     Raises:
         FolderError: A folder is not a run, is damaged or given twice, or all runs failed.
@@ -89,10 +96,10 @@ def render(folders: Sequence[Path]) -> str:
         raise FolderError("No run folder is given: name at least one.")
     numbers = itertools.count(1)
     template = _environment().get_template("report.html.j2")
-    return template.render(page=_page(folders), uid=lambda: f"f{next(numbers)}")
+    return template.render(page=_page(folders, varied), uid=lambda: f"f{next(numbers)}")
 
 
-def _page(folders: Sequence[Path]) -> Page:
+def _page(folders: Sequence[Path], varied: Collection[str]) -> Page:
     failed = [(Path(f), said) for f in folders if (said := failure(Path(f))) is not None]
     bad = [path for path, _ in failed]
     opened = [RunFolder(folder) for folder in folders if Path(folder) not in bad]
@@ -101,7 +108,7 @@ def _page(folders: Sequence[Path]) -> Page:
     groups = compare(opened)
     plain = next((g for g in groups if g.is_plain), None)
     main = next((g for g in groups if not g.is_plain and not g.is_joint), groups[0])
-    findings = run_checks(*opened)
+    findings = run_checks(*opened, varied=varied)
     shown = max(3, MOST_FLIPS // max(1, len(groups) - 1))
     return Page(
         title=" and ".join(g.label for g in groups[:3]) + (" and more" if groups[3:] else ""),

@@ -54,9 +54,13 @@ class Axis:
 
 def axis_for(shown: Shown, estimates: Iterable[Estimate | None]) -> Axis:
     """The axis that holds all estimates: 0 to 1 for shares, even about 0 for changes."""
+    estimates = list(estimates)
     ends = _ends(estimates)
     if shown == "share":
-        return Axis(0.0, 1.0, shown)
+        # What is kept of a guard can be more than all; a score's interval cannot.
+        most = max((e.value for e in estimates if e and e.value is not None), default=0.0)
+        every = [x for x in ends if x > 1.0] if most > 1.0 else []
+        return Axis(0.0, max(math.ceil(4 * x) / 4 for x in (1.0, *every)), shown)
     if shown == "perplexity":
         low, high = (min(ends), max(ends)) if ends else (1.0, 10.0)
         return Axis(low / 1.08, high * 1.08, shown)

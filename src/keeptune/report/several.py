@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keeptune.comparison import Group
-from keeptune.intervals import Estimate, over_seeds
+from keeptune.intervals import Estimate
 from keeptune.ranking import KEYS, front
 from keeptune.report.axes import DotPlot, DotRow, Lane, Scatter, axis_for, mark, scatter
 from keeptune.report.standing import RunRow, Standing, run_rows, standing
 from keeptune.tracks import Track
-from keeptune.units import UNITS, Shown, shown_as
+from keeptune.units import UNITS, Shown, mean_over_seeds, shown_as
 from keeptune.wording import estimate_text, unit_of
 
 COLUMNS = (*KEYS, "forgetting", "intransigence")
@@ -177,20 +177,20 @@ def _tasks(groups: Sequence[Group], styles: Sequence[str]) -> list[TaskRow]:
             if not tracks:
                 continue
             unit = tracks[0].unit
-            learned = _mean([t.learned for t in tracks])
-            change = _mean([t.change for t in tracks])
-            texts = [estimate_text(e, unit) for e in (learned, _mean([t.after for t in tracks]))]
-            texts.append(estimate_text(change, shown_as("change", unit)))
+            shown = shown_as("change", unit)
+            ends = ([t.learned for t in tracks], [t.after for t in tracks])
+            texts = [estimate_text(_mean(each, unit), unit) for each in ends]
+            texts.append(estimate_text(_mean([t.change for t in tracks], shown), shown))
             rows.append(TaskRow(name, group.label, style, *texts))
     return rows
 
 
-def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
+def _mean(estimates: Sequence[Estimate | None], shown: Shown) -> Estimate | None:
     """Of one run its own; of several, the mean over them."""
     found = [e for e in estimates if e is not None]
     if len(found) < 2:
         return found[0] if found else None
-    return over_seeds([e.value for e in found])
+    return mean_over_seeds([e.value for e in found], shown)
 
 
 def _ends(groups: Sequence[Group], styles: Sequence[str], unit: str) -> DotPlot | None:
@@ -220,8 +220,7 @@ def _ends(groups: Sequence[Group], styles: Sequence[str], unit: str) -> DotPlot 
 
 def _track(group: Group, kind: str, name: str, when: str) -> Estimate | None:
     """A task's or guard's score in a group: of its one run, or the mean over seeds."""
-    found: list[Estimate | None] = []
-    for summary in group.summaries:
-        tracks: list[Track] = summary.tasks if kind == "task" else summary.guards
-        found += [t.before if when == "before" else t.after for t in tracks if t.name == name]
-    return _mean(found)
+    of_kind = [s.tasks if kind == "task" else s.guards for s in group.summaries]
+    tracks: list[Track] = [t for each in of_kind for t in each if t.name == name]
+    ends = [t.before if when == "before" else t.after for t in tracks]
+    return _mean(ends, tracks[0].unit) if tracks else None

@@ -80,7 +80,9 @@ def standing(groups: Sequence[Group], styles: Sequence[str], figure: Scatter | N
     """Ranks and tests of every two strategies."""
     ranked = rankings(groups)
     labels = [group.label for group in groups]
-    on_front = [s.label for s in figure.spots if s.is_front] if figure else []
+    spots = figure.spots if figure else []
+    places = {s.label: "on the front" if s.is_front else "behind" for s in spots}
+    on_front = [label for label, place in places.items() if place == "on the front"]
     apart = [group.label for group in groups if group.is_joint]
     pairs = len(groups) * (len(groups) - 1) // 2
     return Standing(
@@ -90,7 +92,7 @@ def standing(groups: Sequence[Group], styles: Sequence[str], figure: Scatter | N
                 label,
                 style,
                 [_rank(ranking.places[i], labels) for ranking in ranked],
-                "on the front" if label in on_front else "ceiling" if label in apart else "behind",
+                "ceiling" if label in apart else places.get(label, "no value"),
             )
             for i, (label, style) in enumerate(zip(labels, styles, strict=True))
         ],
