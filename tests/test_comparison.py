@@ -128,3 +128,11 @@ def test_a_recipe_that_is_not_yaml_is_named(tmp_path):
     (folder.path / "recipe.yaml").write_text("a: [")
     with pytest.raises(FolderError, match=r"recipe\.yaml cannot be read"):
         compare([folder])
+
+
+def test_where_and_how_fast_a_run_went_makes_no_other_group(tmp_path):
+    folders = [one(tmp_path / str(seed), [runs.EWC], seed=seed) for seed in (0, 1)]
+    recipe = folders[1].path / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "eval_batch_size: 4\ncheckpoint_minutes: 1\n")
+    (group,) = compare(folders)
+    assert group.seeds == [0, 1]

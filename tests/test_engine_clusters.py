@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,3 +76,19 @@ def test_what_is_not_installed_is_named(
     engine = choose("ray" if name == "ray" else "slurm", at_once=1)
     with pytest.raises(RecipeError, match=r"pip install -c constraints\.txt"):
         ends(engine, jobs)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "at_once", "share"),
+    [
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 1}], 1, {"num_cpus": 8, "num_gpus": 1}),
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 2}], 2, {"num_cpus": 4, "num_gpus": 1}),
+        ([{"CPU": 4}, {"CPU": 8}], 2, {"num_cpus": 6, "num_gpus": 0}),
+        ([{"CPU": 2}], 8, {"num_cpus": 1, "num_gpus": 0}),
+    ],
+)
+def test_a_run_asks_for_no_more_than_some_machine_with_a_gpu_has(
+    nodes: list[dict[str, int]], at_once: int, share: dict[str, int]
+) -> None:
+    cluster = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    assert ray._share(cluster, at_once) == share

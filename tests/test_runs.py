@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import pico
 from keeptune import loop, session, state
@@ -26,6 +27,7 @@ from keeptune.errors import (
     RecipeError,
     TrainingError,
 )
+from keeptune.failures import failure, write_failure
 from keeptune.folder import RunFolder
 from keeptune.inspection import inspect
 from keeptune.method import Context
@@ -397,11 +399,18 @@ def test_a_damaged_run_json_is_named(home: Path) -> None:
         RunFolder(folder.path)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "save_file", full)
@@ -491,6 +500,22 @@ def test_a_run_whose_state_is_gone_is_not_taken_for_one_that_learned_nothing(hom
     shutil.rmtree(folder.path / "state")
     with pytest.raises(FolderError, match="state/ in it holds no weights any more"):
         learn(folder.path, str(home / "train2.jsonl"), name="t2")
+
+
+def test_other_weights_of_the_base_model_are_refused(home: Path) -> None:
+    folder = run(recipe(home))
+    pico.causal_lm(seed=3).save_pretrained(home / "tiny")
+    with pytest.raises(ModelError, match="The weights of tiny changed since"):
+        learn(folder.path, str(home / "train2.jsonl"), name="t2")
+    with pytest.raises(ModelError, match="changed since"):
+        run(recipe(home, count=3), resume=True)
+
+
+def test_a_failure_that_another_try_left_goes_when_the_run_is_done(home: Path) -> None:
+    folder = run(recipe(home))
+    write_failure(folder.path, "Another process is at work")
+    run(recipe(home), resume=True)
+    assert failure(folder.path) is None
 
 
 # -- stopped by the user --------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -381,6 +381,31 @@ def test_recomputing_that_takes_no_second_gradient_is_refused(tmp_path: Any) -> 
             "causal_lm", pico.causal_lm(), pico.tokenizer(), rows(), [],
             settings(tmp_path) | again, collate(pico.tokenizer()),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("bert", [True, False])
+def test_a_classifiers_loss_does_not_depend_on_how_a_step_is_divided(
+    tmp_path: Any, bert: bool
+) -> None:
+    data = rows()
+    labelled = Dataset.from_dict(
+        {"input_ids": data["input_ids"], "labels": [0, 1] * (BATCH * 3 // 2)}
+    )
+    ends = []
+    for size, accumulated in ((BATCH, 1), (BATCH // 2, 2)):
+        model, tokenizer = pico.classifier(bert=bert), pico.tokenizer()
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        own = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        trainer = build_trainer(
+            "classification", model, tokenizer, labelled, [LwF(), Freeze(layers=0)],
+            {**settings(tmp_path), **own, "optim": "sgd", "max_grad_norm": 0.0}, collate(tokenizer),
+        )  # fmt: skip
+        trainer.learn("a", labelled)
+        trainer.learn("b", labelled)
+        ends.append(flat(model))
+    torch.testing.assert_close(*ends, atol=1e-6, rtol=1e-4)
 
 
 def test_classifiers_train_through_the_same_seam(tmp_path: Any) -> None:

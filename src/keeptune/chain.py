@@ -20,6 +20,8 @@ def _rank_at_begin(method: Method) -> int:
 
 
 def _rank_at_end(method: Method) -> int:
+    if "moves" in method.traits:
+        return -1
     return 2 if "freeze" in method.traits else 1 if "isolation" in method.traits else 0
 
 
@@ -28,9 +30,9 @@ class Chain:
 
     `data` pipes left to right, terms of `loss` add, all other effects run in list order, but: what
     adds weights begins first, what freezes them next, and then what has a `serve` and may have to
-    put the trained ones back, so that all others find what will be trained; frozen weights are
-    given free after all others have ended the task; and what isolates tasks has the last word on
-    gradients and weights.
+    put the trained ones back, so that all others find what will be trained; what moves the weights
+    when a task ends does so before the others look at them; frozen weights are given free after all
+    others have ended the task; and what isolates tasks has the last word on gradients and weights.
 
     Args:
         methods: The strategy; empty is plain fine-tuning.

@@ -115,7 +115,8 @@ def recipe_key(folder: RunFolder) -> str:
         raise FolderError(
             f"{folder.path / 'recipe.yaml'} cannot be read: {str(error).splitlines()[0]}."
         ) from error
-    recipe = {k: v for k, v in (recipe or {}).items() if k not in ("seed", "out")}
+    free = ("seed", "out", "checkpoint_minutes", "eval_batch_size")
+    recipe = {k: v for k, v in (recipe or {}).items() if k not in free}
     if recipe.get("tasks"):
         recipe["tasks"] = sorted(recipe["tasks"], key=lambda task: json.dumps(task, default=str))
     info = folder.info

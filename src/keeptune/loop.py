@@ -15,7 +15,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from keeptune import state
 from keeptune.disk import finish_replacing, verify
 from keeptune.errors import FolderError, TrainingError
+from keeptune.failures import clear_failure
 from keeptune.folder import RunFolder
 from keeptune.guard import Guard
 from keeptune.harness import score_lm_eval
@@ -111,9 +112,11 @@ class Loop:
             self._set_status("stopped")
             raise
         except BaseException:
-            self._set_status("failed")
+            with suppress(OSError):  # where the disk is full, this cannot be kept either
+                self._set_status("failed")
             raise
         self._set_status("done")
+        clear_failure(self.folder.path)  # of another try, while this one was at work
 
     def _set_status(self, status: str) -> None:
         self.folder.info = self.folder.info.model_copy(update={"status": status})
@@ -225,6 +228,13 @@ class Loop:
             except FolderError as error:
                 self.progress.warn(f"{error} The run goes on from an earlier state.")
                 continue
+            rows = len(self.session.tokenised[index].dataset)
+            if (then := state.read_json(path / "step.json")["task_rows"]) != rows:
+                # As after a request to forget: its steps were of an order that is no more.
+                self.progress.warn(
+                    f"The task had {then} rows and has {rows} now, so it begins again."
+                )
+                return None
             self.progress.note(f"going on at step {int(path.name.rpartition('-')[2])}")
             return path
         return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from keeptune.errors import TrainingError
 
@@ -81,8 +82,8 @@ def translated(settings: dict[str, Any], folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
             raise
         raise TrainingError(
             f"The disk that holds {folder} is full. Nothing that was saved is lost: free some "
@@ -97,6 +98,13 @@ def translated(settings: dict[str, Any], folder: Path) -> Iterator[None]:
             "trainer.gradient_accumulation_steps to keep the same step) or eval_batch_size, and "
             "run again with --resume; or lower max_length, which needs another --out."
         ) from error
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"os error {number})" in str(error) for number in full)
 
 
 def _is_memory(error: BaseException) -> bool:

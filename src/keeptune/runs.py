@@ -19,7 +19,7 @@ import transformers
 
 from keeptune.chain import Chain
 from keeptune.disk import locked, write_atomic
-from keeptune.errors import DataError, FolderError, RecipeError
+from keeptune.errors import DataError, FolderError, ModelError, RecipeError
 from keeptune.failures import clear_failure
 from keeptune.folder import ReadOnlyFolder, RunFolder, refuse_full
 from keeptune.loop import Loop
@@ -275,6 +275,12 @@ def _rows_in_step(recipe: Recipe, processes: int) -> int:
 
 
 def _same_data(folder: RunFolder, session: Session) -> None:
+    was, found = folder.info.model.get("identity"), session.plan.loaded.identity
+    if was and found and was != found:
+        raise ModelError(
+            f"The weights of {folder.info.model['name']} changed since {folder.path} was started "
+            f"({was} then, {found} now). Put the old model back, or give another --out."
+        )
     for then, now in zip(folder.info.tasks, session.data_infos(), strict=False):
         # What was forgotten may be gone from the data too. Results name evaluation rows by their
         # number, so that none of these may be missing.

@@ -41,6 +41,7 @@ from keeptune.errors import DataError, MethodError, TrainingError
 from keeptune.loss_terms import LossTerms
 from keeptune.method import OPTIONS, Context, Method
 from keeptune.overseer import Overseer
+from keeptune.reading import base_model
 
 
 class Seams(LossTerms):
@@ -60,6 +61,10 @@ class Seams(LossTerms):
         self, *args: Any, methods: Sequence[Method] = (), online: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        base = base_model(self.accelerator.unwrap_model(self.model))
+        if not getattr(base, "can_generate", lambda: True)():
+            # Classifiers take the number of rows in a step, but their loss is the mean of its own.
+            self.model_accepts_loss_kwargs = False
         self.strategy = Chain(methods)
         self.online = online
         self.ctx: Context | None = None

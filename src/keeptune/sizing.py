@@ -28,6 +28,10 @@ from keeptune.tokens import Tokenised
 ADAM_MOVES = 28  # bytes of a weight: it, its gradient and moments are read, all but one written
 DEVICES = (1, 2, 4, 8, 16, 32)
 TILE = 2**24  # numbers in memory that is fresh
+# Numbers that an optimizer keeps for a weight, by parts of its name; all others keep none.
+STATES = {
+    "ademamix": 3, "schedule_free_sgd": 1, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1,
+}  # fmt: skip
 HEAD_PASS = 2 * WIDE * CHUNK  # bytes in logits of answers and in what is made of them
 # On a CPU freed pieces of memory stay with the process as holes between those in use. Measured on
 # SmolLM2-135M: from 0.4 (all weights) to 0.8 (LoRA) of what a forward keeps for its backward.
@@ -260,9 +264,9 @@ class Sizer:
 
 def _moments(optimizer: str) -> float:
     """Bytes of optimizer state for a weight."""
-    if "8bit" in optimizer:
-        return 2.0
-    return 2.0 * WIDE if "adam" in optimizer else 0.0
+    states = next((count for name, count in STATES.items() if name in optimizer), 0)
+    bits = next((bits for bits in (4, 8) if f"{bits}bit" in optimizer), 8 * WIDE)
+    return states * bits / 8
 
 
 def measure_speed(case: Case, clock: Callable[[], float] = time.perf_counter) -> Speed:

@@ -152,7 +152,7 @@ class Steering:
         Returns:
             What a tracker is told; nothing where there was no look.
         """
-        if self._watch is None or self.stop.is_set():
+        if self._watch is None:
             return {}
         with kept_random():
             look = self._watch.after_step(step, steps, self._score)

@@ -75,7 +75,8 @@ class Checkpoints(Seams):
             state.write_random(folder)
             if folder is None:
                 return
-            state.write_json(folder / "step.json", {"rows": self.ctx.rows_in_step})
+            rows = {"rows": self.ctx.rows_in_step, "task_rows": len(self.ctx.dataset)}
+            state.write_json(folder / "step.json", rows)
             state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
             if self.accelerator.scaler is not None:
                 state.write_json(folder / "scaler.json", self.accelerator.scaler.state_dict())

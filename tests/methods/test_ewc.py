@@ -15,9 +15,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import pico
+from keeptune.chain import Chain
 from keeptune.errors import MethodError
-from keeptune.method import Batch, Context, State
+from keeptune.method import Batch, Context, Method, State
 from keeptune.methods.ewc import EWC, Estimator, consolidate, fisher_diagonal
+from keeptune.methods.wise import WiSE
 from pencil import Softmax, context, examples
 
 
@@ -788,3 +790,17 @@ def test_on_an_adapter_all_that_is_trained_is_pulled_by_the_penaltys_gradient(on
         assert gradient.any(), name
         largest = float(gradient.abs().max())
         torch.testing.assert_close(gradient_of(p), gradient, atol=1e-5 * largest, rtol=1e-4)
+
+
+def test_what_moves_the_weights_at_a_tasks_end_does_so_before_they_are_anchored() -> None:
+    for wise_first in (True, False):
+        model, ewc = Softmax([[1.0, 0.0]]), EWC(strength=1.0)
+        pair: list[Method] = [WiSE(mix=0.5), ewc]
+        chain, ctx = Chain(pair if wise_first else pair[::-1]), context(model)
+        chain.begin_task(ctx)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[5.0, 4.0]]))
+        chain.end_task(ctx)
+        assert model.weight.tolist() == [[3.0, 2.0]]
+        anchor = ewc._anchor["weight"].block(0, 2, model.weight.device)
+        assert anchor.tolist() == [3.0, 2.0]

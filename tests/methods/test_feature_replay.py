@@ -19,6 +19,7 @@ from keeptune.method import Context
 from keeptune.methods._features import as_batch, mask_of, of_each_row, without_inputs
 from keeptune.methods.feature_replay import FeatureReplay
 from keeptune.methods.joint import Joint
+from keeptune.methods.merge import Merge
 from keeptune.tokens import collate
 from pencil import context, examples
 
@@ -266,3 +267,8 @@ def test_features_beyond_float16_are_refused() -> None:
 def test_a_method_that_goes_back_to_the_first_weights_is_refused() -> None:
     with pytest.raises(MethodError, match="cannot run together"):
         Chain([FeatureReplay(), Joint()])
+
+
+def test_a_method_that_puts_the_first_weights_back_is_refused() -> None:
+    with pytest.raises(MethodError, match="'feature_replay' and 'merge' cannot run together"):
+        Chain([FeatureReplay(), Merge()])

@@ -81,3 +81,19 @@ def test_the_last_task_ends_as_one_training_on_everything() -> None:
 def test_it_refuses_methods_that_need_the_stream(other: Method) -> None:
     with pytest.raises(MethodError, match="cannot run together"):
         Chain([Joint(), other])
+
+
+def test_weights_that_only_some_tasks_train_start_anew_too() -> None:
+    model: Any = pico.causal_lm()
+    parts = [model.model.layers[i].mlp.up_proj for i in (0, 1)]
+    first = [part.weight.detach().clone() for part in parts]
+    method = Joint()
+    for index, part in enumerate((*parts, parts[0])):
+        model.requires_grad_(False)
+        part.requires_grad_(True)
+        ctx = context(model, texts([6, 7, 8]), task=f"t{index}", index=index)
+        method.begin_task(ctx)
+        assert all(torch.equal(p.weight, w) for p, w in zip(parts, first, strict=True))
+        with torch.no_grad():
+            part.weight.add_(1.0)
+        method.end_task(ctx)

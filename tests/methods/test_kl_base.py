@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import pico
@@ -154,3 +155,33 @@ def test_off_it_has_no_term() -> None:
     ctx = begun(method := KLBase(strength=0), pico.causal_lm(16))
     assert method.loss(ctx, {}, None) is None
     assert method.declared_bytes(ctx) == 24
+
+
+def test_weights_that_learn_in_a_later_task_are_of_the_base_too() -> None:
+    model, method = pico.causal_lm(16), KLBase()
+    ups = [model.model.layers[i].mlp.up_proj for i in (0, 1)]
+    base, g = None, torch.Generator().manual_seed(0)
+    for index, part in enumerate(ups):
+        model.requires_grad_(False)
+        part.requires_grad_(True)
+        ctx = begun(method, model, index)
+        base = logits(ctx) if base is None else base
+        with torch.no_grad():
+            part.weight.add_(torch.randn(part.weight.shape, generator=g))
+        want = kl(base, logits(ctx), "forward").mean()
+        assert added(method, ctx, ROWS).item() == pytest.approx(want.item(), rel=1e-4)
+        method.end_task(ctx)
+
+
+def test_texts_that_came_after_the_base_had_answered_are_refused(lines: str) -> None:
+    model, method = pico.causal_lm(), KLBase(texts=lines, rows=2)
+    begun(method, model)
+    Path(lines).write_text("0123456789\nabcab\nnewer\n")
+    with pytest.raises(MethodError, match=r"1 of 3 texts in .* were not there when"):
+        begun(method, model, 1)
+
+
+def test_biases_that_stay_without_the_adapter_are_refused() -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", bias="all")
+    with pytest.raises(MethodError, match="asks the model without its adapter, where trained bia"):
+        begun(KLBase(), pico.adapted(pico.causal_lm(16), config))

@@ -217,3 +217,14 @@ def test_a_task_learned_again_has_a_teacher_again() -> None:
 
 def test_switched_off_it_has_no_term() -> None:
     assert LwF(strength=0).loss(context(Softmax([[0.0]])), {}, None) is None
+
+
+def test_answers_that_no_recording_has_are_no_evidence() -> None:
+    model = Softmax([[1.0, 0.0], [0.0, 2.0]])
+    ctx = context(model, examples((0, 0)))
+    method = begun(LwF(targets="recorded"), ctx)
+    moved(model)
+    other = added(method, ctx, examples((1, 1)))
+    assert other.item() == 0.0
+    method.end_task(ctx)
+    assert method.evidence()["kl"] == 0.0

@@ -514,3 +514,27 @@ def test_gradient_checkpointing_does_not_change_the_path(reentrant: bool) -> Non
         paths.append(omega(method, "first"))
     assert torch.equal(*paths)
     assert paths[0].any()
+
+
+def test_passes_of_other_methods_are_no_part_of_the_path() -> None:
+    paths = []
+    for other in (False, True):
+        model, method = lora(), SI(on="effective")
+        x = torch.ones(2, 4, dtype=torch.float64)
+        method.begin_task(context(model))
+        for _ in range(2):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            method.gradients(context(model))
+            if other:  # after SI has looked, in training mode, as `agem` and others do
+                kept = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+                model(x + 1).sum().backward()
+                for parameter, gradient in kept.items():
+                    parameter.grad = gradient
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p -= 0.01
+            method.after_step(context(model))
+        paths.append(omega(method, "first"))
+    assert torch.equal(*paths)

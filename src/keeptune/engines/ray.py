@@ -88,10 +88,11 @@ def _started(address: str | None) -> Any:
 
 def _share(ray: Any, at_once: int) -> dict[str, int]:
     """Processors and GPUs for each run, such that some machine has as many."""
-    every = ray.cluster_resources()
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    share = min(int(every.get("CPU", 1)) // at_once, largest)
-    return {"num_cpus": max(1, share), "num_gpus": int(every.get("GPU", 0) > 0)}
+    every = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    with_gpu = [node for node in every if node.get("GPU", 0) > 0]
+    there = [int(node.get("CPU", 0)) for node in with_gpu or every]
+    share = min(sum(there) // at_once, max(there))
+    return {"num_cpus": max(1, share), "num_gpus": int(bool(with_gpu))}
 
 
 def _said(ray: Any, end: Any) -> str | None:

@@ -15,6 +15,9 @@ from torch import nn
 from keeptune.errors import MethodError
 from keeptune.method import Context
 
+# What biases that are trained beside an adapter stand against.
+MORE = "adds an adapter with each task, and only one adapter of a model can train biases"
+BASE = "asks the model without its adapter, where trained biases would stay"
 FIRST = "default"  # the adapter that a model is dressed with
 
 
@@ -63,22 +66,23 @@ def refuse_dora(ctx: Context, who: str, does: str) -> None:
         )
 
 
-def refuse_biases(ctx: Context, who: str) -> None:
-    """Refuse biases that one adapter trains, where a method adds more of them.
+def refuse_biases(ctx: Context, who: str, why: str = MORE) -> None:
+    """Refuse biases that an adapter trains beside its own weights.
 
     Args:
         ctx: The task.
         who: The method.
+        why: What it does that they stand against.
 
     Raises:
         MethodError: The first adapter trains biases.
     """
-    model: Any = ctx.model
-    if (bias := getattr(model.peft_config[FIRST], "bias", "none")) != "none":
+    configs: dict[str, Any] = getattr(ctx.model, "peft_config", {})
+    biases = [getattr(config, "bias", "none") for config in configs.values()]
+    if bias := next((bias for bias in biases if bias != "none"), None):
         raise MethodError(
-            f"The method {who!r} adds an adapter with each task, and only one adapter of a model "
-            f"can train biases. Leave `bias: {bias}` out of the adapter's options, or remove the "
-            "method."
+            f"The method {who!r} {why}. Leave `bias: {bias}` out of the adapter's options, or "
+            "remove the method."
         )
 
 

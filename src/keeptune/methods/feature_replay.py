@@ -63,6 +63,7 @@ class FeatureReplay(Method):
     neutral: ClassVar[dict[str, Any]] = {"strength": 0.0}
     proof: ClassVar[str] = "rows_rehearsed"
     traits: ClassVar[frozenset[str]] = frozenset({"buffer", "freeze"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"restart"})
     steered: ClassVar[str] = "strength"
 
     _buffer: Buffer = PrivateAttr()

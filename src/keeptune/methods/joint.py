@@ -38,11 +38,12 @@ class Joint(Method):
     @torch.no_grad()
     def begin_task(self, ctx: Context) -> None:
         """Keep the first weights, or go back to them."""
-        if not self._first:
-            self._first = {n: p.detach().clone() for n, p in ctx.trainable().items()}
-            return
+        for name, parameter in ctx.model.named_parameters():
+            if name in self._first:
+                parameter.copy_(self._first[name])
         for name, parameter in ctx.trainable().items():
-            parameter.copy_(self._first[name])
+            if name not in self._first:  # another method may let other weights learn
+                self._first[name] = parameter.detach().clone()
 
     def data(self, ctx: Context, dataset: Dataset) -> Dataset:
         """The rows given, plus every row of every earlier task."""
@@ -67,7 +68,7 @@ class Joint(Method):
     def restore(self, ctx: Context, state: State) -> None:
         """Take the rows and the first weights back."""
         self._buffer.restore(state, ctx.folder)
-        weights, first = ctx.trainable(), "first/"
+        weights, first = dict(ctx.model.named_parameters()), "first/"
         self._first = {
             (name := n.removeprefix(first)): spread_like(t.to(ctx.device), weights[name])
             for n, t in state.tensors.items()

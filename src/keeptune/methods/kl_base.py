@@ -30,7 +30,9 @@ from datasets import Dataset
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
+from keeptune.errors import MethodError
 from keeptune.method import Batch, Context, Method, State
+from keeptune.methods._adapters import BASE, refuse_biases
 from keeptune.methods._anchor.shards import refuse_shards
 from keeptune.methods._distil import Frozen, Store, Sums, Teacher, TopK, read_texts
 from keeptune.methods._distil.teachers import without_adapter
@@ -72,6 +74,8 @@ class KLBase(Method):
             return
         why = "cannot run a second model while FSDP spreads the weights over processes"
         refuse_shards(ctx, self.name(), why)
+        if hasattr(ctx.model, "disable_adapter"):
+            refuse_biases(ctx, self.name(), BASE)
         if self.texts:
             self._texts = read_texts(ctx, Path(self.texts), self.length, "KLBase.texts")
 
@@ -83,9 +87,23 @@ class KLBase(Method):
             if not len(self._store):
                 rows = Dataset.from_list(self._texts)
                 self._store = Store.of(ctx, rows, self.top_k, self.temperature)
-        elif not self._base.weights:
-            self._base = Frozen.of(ctx)
+            else:
+                self._require_recorded(ctx)
+        else:
+            # In each task, as it may train what was not trained so far.
+            new = {n: p for n, p in ctx.trainable().items() if n not in self._base.weights}
+            self._base.weights |= {n: p.detach().clone() for n, p in new.items()}
         return dataset
+
+    def _require_recorded(self, ctx: Context) -> None:
+        """Refuse texts that came after the base model had answered."""
+        new = sum(not self._store.find(ctx.batch([row]))[1].any() for row in self._texts)
+        if new:
+            raise MethodError(
+                f"KLBase.texts: {new} of {len(self._texts)} texts in {self.texts} were not there "
+                "when the base model's answers were kept, and it is not there any more. Put the "
+                "old file back."
+            )
 
     def loss(self, ctx: Context, batch: Batch, outputs: Any) -> Tensor | None:
         """Add the term of one micro batch."""

@@ -96,7 +96,7 @@ class LwF(Method):
             self._sums.add(2, len(batch["labels"]))
         self._sums.add(1, known.sum())
         weight = self.strength * self._effort / ctx.answers_in_step
-        ctx.answers.add(term, known * weight, self._note)
+        ctx.answers.add(term, known * weight, lambda kl: self._note(kl * known))
         return None
 
     def _look_back(self, ctx: Context) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from keeptune.errors import MethodError
 from keeptune.method import Context, Method, State
-from keeptune.methods._adapters import base_alone
+from keeptune.methods._adapters import BASE, base_alone, refuse_biases
 from keeptune.methods._writing.agreement import Agree
 from keeptune.methods._writing.rewriting import Rewriter
 from keeptune.methods._writing.sampling import require_writer
@@ -75,6 +75,8 @@ class SelfRewrite(Method):
                 "SelfRewrite.writer is 'base', but all weights are trained and there is no base "
                 "model below. Use 'before', or train an adapter."
             )
+        if self.writer == "base":
+            refuse_biases(ctx, self.name(), BASE)
 
     def data(self, ctx: Context, dataset: Dataset) -> Dataset:
         """The rows given, with the task's own answers rewritten where the model agrees."""

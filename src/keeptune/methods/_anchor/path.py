@@ -38,6 +38,7 @@ class PathIntegral:
         self.omega: dict[str, Tensor] = {}
         self._gradient: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
+        self._is_seen = False  # the present step's gradient; what comes later is not the task's
 
     def start(self, weights: Weights) -> None:
         """Watch the gradients of effective weights, which no parameter has."""
@@ -45,6 +46,7 @@ class PathIntegral:
         # Left by a task that failed, if by any.
         self.omega.clear()
         self._gradient.clear()
+        self._is_seen = False
         if isinstance(weights, Effective):
             for name, module in weights.modules.items():
                 self._hooks.append(module.register_forward_hook(self._watch(name)))
@@ -57,7 +59,6 @@ class PathIntegral:
 
     def _watch(self, name: str) -> Any:
         def forward(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            # A method's own passes run in eval mode.
             if module.training and output.requires_grad:
                 inputs = args[0].detach()
                 add = partial(self._add, name, inputs)
@@ -67,6 +68,8 @@ class PathIntegral:
 
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        if self._is_seen:
+            return  # a pass of another method's own
         # ∂L/∂W = Σ over positions of δ xᵀ, added up over micro batches.
         left, right = wide(gradient.flatten(0, -2)), wide(inputs.flatten(0, -2))
         right = right.to(left.dtype)
@@ -93,9 +96,11 @@ class PathIntegral:
                 self._gradient[name] = (
                     gradient if ctx.grad_scale == 1 else gradient / ctx.grad_scale
                 )
+        self._is_seen = True
         if ctx.may_overflow and not self._is_finite():
             # The step will be left out, and `after` is not called.
             self._gradient.clear()
+            self._is_seen = False
         for name in weights.names():
             importance = importances.get(name) if strength else None
             self._pass(weights, name, anchors[name], 1.0, importance, strength * ctx.grad_scale)
@@ -106,6 +111,7 @@ class PathIntegral:
         for name in self._gradient:
             self._pass(weights, name, anchors[name], -1.0)
         self._gradient.clear()
+        self._is_seen = False
 
     def _is_finite(self) -> bool:
         sums = [gradient.sum() for gradient in self._gradient.values()]
