@@ -212,6 +212,14 @@ def test_trackers_are_told_through_the_trainer(home: Path, monkeypatch: pytest.M
     [
         ({"watch": {"guards": ["olt"]}}, "watch.guards names 'olt', which is no guard here. Did"),
         ({"watch": {}, "methods": ["ema"]}, "watch cannot be used with the method 'ema', which"),
+        (
+            {"watch": {"on_drop": "rollback"}, "methods": ["si"]},
+            "watch cannot be used with the method 'si', which adds up over the steps of a task",
+        ),
+        (
+            {"budget": {"past_tasks": 1.0}, "methods": ["si"]},
+            "budget cannot be used with the method 'si', which adds up over the steps of a task",
+        ),
         ({"budget": {"old": 0.1}, "methods": ["wise"]}, "sets the weights anew when a task ends"),
         ({"budget": {"old": 0.1}, "methods": ["joint"]}, "does not go on from the weights before"),
     ],

@@ -214,7 +214,7 @@ class Method(BaseModel):
             "structure" (adds or swaps weights), "buffer" (keeps old rows), "restart",
             "freeze" (chooses which weights are trained in a task), "moves" (sets the weights anew
             when a task ends), "isolation" (answers of an earlier task, served by its name, never
-            change by one bit).
+            change by one bit), "path" (adds up over the steps of a task).
         excludes: Traits that another method in the strategy must not have.
         keeps_order: Whether its `data` knows `ctx.online`: it leaves a stream's rows in their
             order and adds none before its turn. A method without a `data` verb need not say so.

@@ -29,6 +29,7 @@ from keeptune.lines import Probe
 from keeptune.method import Context, Method
 from keeptune.processes import launched
 from keeptune.progress import Progress
+from keeptune.recipe_parts import BudgetRecipe, WatchRecipe
 from keeptune.records import Example, Phase
 from keeptune.watch import Clock, Watch
 from keeptune.watchlog import Frontier, Look
@@ -52,7 +53,7 @@ def refuse(plan: Plan) -> None:
                 f"{launched()}. Leave it out, or start one process."
             )
         for method in plan.methods if settings is not None else ():
-            if why := _clash(field, method):
+            if why := _clash(settings, method):
                 raise RecipeError(
                     f"{field} cannot be used with the method {method.name()!r}, which {why}. "
                     "Remove one of them."
@@ -72,10 +73,14 @@ def _require_steered(methods: Sequence[Method]) -> None:
         )
 
 
-def _clash(field: str, method: Method) -> str:
+def _clash(settings: WatchRecipe | BudgetRecipe | None, method: Method) -> str:
     if type(method).serve is not Method.serve:
         return "answers with other weights or questions than those that are trained"
-    if field == "budget":
+    is_budget = isinstance(settings, BudgetRecipe)
+    takes_back = is_budget or (isinstance(settings, WatchRecipe) and settings.on_drop == "rollback")
+    if takes_back and "path" in method.traits:
+        return "adds up over the steps of a task, of which some would be taken back"
+    if is_budget:
         if method.traits & {"structure", "restart"}:
             return "does not go on from the weights before a task"
         if "moves" in method.traits:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -196,6 +196,8 @@ class PathIntegral:
 
 class Travelled(Weighted):
     """Holds each weight by what it did for the loss on its way."""
+
+    traits: ClassVar[frozenset[str]] = Weighted.traits | {"path"}
 
     damping: float = Field(1e-3, gt=0, description="ξ, added to the squared way of each weight")
 
