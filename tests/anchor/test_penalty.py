@@ -15,6 +15,7 @@ from keeptune.method import Context, State
 from keeptune.methods._anchor.importance import Weighted
 from keeptune.methods._anchor.penalty import Anchored, is_measured, sum_of_sizes, sum_of_squares
 from keeptune.methods.ewc import EWC
+from keeptune.methods.l2sp import L2SP
 from pencil import Softmax, context, examples
 
 
@@ -211,12 +212,14 @@ def test_evidence_keeps_the_largest_share() -> None:
 
 
 def test_the_share_of_an_implicit_step_is_what_it_moved() -> None:
-    model = Softmax([[3.0]])
+    model = Softmax([[5.0]])
     model.weight.grad = tensor(20.0)[None]
     method = held(tensor(-1.0), tensor(1.0), strength=10, proximal=True)
     ctx = context(model, step=1, learning_rate=0.1)
     method.gradients(ctx)
     assert "gradient_share" not in method.evidence()
+    with torch.no_grad():
+        model.weight.sub_(2.0)  # the optimizer's step
     method.after_step(ctx)
     # 3 → 1: a move of 2 at a learning rate of 0.1 is a pull of 20.
     assert method.evidence()["gradient_share"] == pytest.approx(0.5)
@@ -224,11 +227,13 @@ def test_the_share_of_an_implicit_step_is_what_it_moved() -> None:
 
 def test_an_implicit_step_is_measured_by_the_sum_of_its_sizes() -> None:
     # c = 0.1 · 10 · Ω = 1, 3: moves of 1 and −6, so at a learning rate of 0.1 a pull of 70.
-    model = Softmax([[3.0, -7.0]])
+    model = Softmax([[4.0, -9.0]])
     model.weight.grad = tensor(10.0, -20.0)[None]
     method = held(tensor(1.0, 1.0), tensor(1.0, 3.0), strength=10, proximal=True)
     ctx = context(model, step=1, learning_rate=0.1)
     method.gradients(ctx)
+    with torch.no_grad():
+        model.weight.sub_(0.1 * model.weight.grad)
     method.after_step(ctx)
     assert method.evidence()["gradient_share"] == pytest.approx(70 / (70 + 30))
 
@@ -322,9 +327,32 @@ def test_an_automatic_strength_works_with_the_implicit_step() -> None:
     model = Softmax([[2.0]])
     method = held(tensor(1.0), tensor(3.0), strength="auto", share=0.1, proximal=True)
     assert pulled(method, model, 1, 60.0) == 0
+    with torch.no_grad():
+        model.weight.sub_(10.0)  # the optimizer's step: 60 · 1/6
     method.after_step(context(model, step=1, learning_rate=1 / 6))
-    # c = 1/6 · 2 · 3 = 1.
-    assert model.weight.item() == pytest.approx(1.5)
+    # 2 = 0.1 · 60 / 3, and c = 1/6 · 2 · 3 = 1 from −8 towards 1.
+    assert model.weight.item() == pytest.approx(-3.5)
+
+
+@pytest.mark.parametrize("form", ["gradient", "proximal", "decoupled"])
+def test_an_automatic_strength_holds_under_adam_in_every_form(form: str) -> None:
+    """Adam makes gradients of any size into steps of one: the pull must go with the steps."""
+    ends = []
+    for share in (None, 0.3):
+        model = Softmax([[1.0, 1.0]])
+        extra = {} if form == "gradient" else {form: True}
+        method = L2SP(strength="auto" if share else 0, **extra)
+        method.begin_task(context(model))
+        adam = torch.optim.Adam(model.parameters(), lr=0.01)
+        for step in range(1, 101):
+            ctx = context(model, step=step, learning_rate=0.01)
+            model.weight.grad = torch.tensor([[1e-4, -2e-4]], dtype=torch.float64)
+            method.gradients(ctx)
+            adam.step()
+            method.after_step(ctx)
+        ends.append((model.weight.detach() - 1.0).abs().sum().item())
+    assert ends[1] < 0.9 * ends[0]
+    assert method.evidence()["gradient_share"] > 0.1
 
 
 # -- what is kept ---------------------------------------------------------------------------------
@@ -451,6 +479,9 @@ def test_a_step_that_overflowed_in_fp16_settles_no_strength(proximal: bool) -> N
     method.gradients(context(model, step=1, grad_scale=65536.0))
     assert method.evidence() == {}
     pulled(method, model, 2, 60.0)
+    with torch.no_grad():
+        model.weight.sub_(6.0)  # the optimizer's step
+    method.after_step(context(model, step=2, learning_rate=0.1))
     assert method.evidence()["strength"] == pytest.approx(2.0)
 
 

@@ -172,18 +172,19 @@ def test_of_the_two_forms_of_one_step_only_one_can_be_had() -> None:
 
 @pytest.mark.parametrize("form", ["decoupled", "proximal"])
 def test_evidence_of_a_step_after_the_optimizers_is_what_it_moved(form: str) -> None:
-    # 3 → 2 at a learning rate of 0.1 is a pull of 10, beside a task gradient of 30.
+    # 3 → 2 at a learning rate of 0.1 is a pull of 10, beside the task's own step 6 → 3, of 30.
     strength = {"decoupled": 5.0, "proximal": 10.0}[form]
     method = L2SP(strength=strength, **{form: True})
     model, ctx = begun(method, 1.0)
-    put(model, 3.0)
-    model.weight.grad = tensor(30.0)[None]
+    put(model, 6.0)
+    model.weight.grad = tensor(7.0)[None]
     method.gradients(ctx)
     assert "gradient_share" not in method.evidence()
+    put(model, 3.0)
     method.after_step(ctx)
     assert model.weight.item() == pytest.approx(2.0)
     assert method.evidence() == pytest.approx(
-        {"penalty": 0.5 * strength * 4.0, "task_gradient": 30.0, "gradient_share": 0.25}
+        {"penalty": 0.5 * strength * 25.0, "task_gradient": 30.0, "gradient_share": 0.25}
     )
 
 

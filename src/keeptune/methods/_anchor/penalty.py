@@ -112,6 +112,9 @@ class Anchored(Method):
     _importance: dict[str, Kept] = PrivateAttr(default_factory=dict)
     _specs: dict[str, Spec | None] = PrivateAttr(default_factory=dict)
     _tuned: float = PrivateAttr(0.0)
+    # Of a step that is measured, where it acts after it: the weights before, distance and pull.
+    _begun: dict[str, list[Tensor]] = PrivateAttr(default_factory=dict)
+    _far: tuple[float, float] = PrivateAttr((0.0, 0.0))
 
     # -- what a method of the family may choose otherwise ----------------------------------------
 
@@ -166,12 +169,14 @@ class Anchored(Method):
     @torch.no_grad()
     def after_step(self, ctx: Context) -> None:
         """With `proximal`: w ← (w + c a) / (1 + c), c = learning rate · strength · Ω."""
-        if not (self._acts_after_the_step() and self._strength):
+        if not self._acts_after_the_step() or self.strength == 0:
             return
         weights = self._weights(ctx)
-        if not (held := self._held(weights)):
-            return
         measured, moved = is_measured(ctx.step), torch.zeros((), dtype=torch.float64)
+        if measured:
+            self._look_at_the_step(ctx, weights)
+        if not self._strength or not (held := self._held(weights)):
+            return
         for name in held:
             touched = [local(p) for p in weights.owners(name)] if measured else []
             before = [p.clone() for p in touched]
@@ -189,7 +194,7 @@ class Anchored(Method):
         return self._effort * (self._tuned if self.strength == "auto" else float(self.strength))
 
     def _measure(self, ctx: Context, weights: Weights) -> None:
-        """Measure the pull at strength 1; settle an automatic strength; leave evidence."""
+        """Measure the pull at strength 1, and what it is held against."""
         sums = torch.zeros(3, dtype=torch.float64)
         for name in self._held(weights):
             value = weights.value(name)
@@ -208,14 +213,38 @@ class Anchored(Method):
         task /= ctx.grad_scale
         if not math.isfinite(task):
             return  # fp16 overflowed, and this step will be left out
+        if self._acts_after_the_step():
+            owners = {n: [local(p) for p in weights.owners(n)] for n in self._held(weights)}
+            self._begun = {name: [p.clone() for p in own] for name, own in owners.items()}
+            self._far = distance, pull
+        else:
+            self._settle(ctx, task, distance, pull)
+            self._note_share(self._strength * pull)
+
+    def _look_at_the_step(self, ctx: Context, weights: Weights) -> None:
+        """After the optimizer's step, whose own way is what a pull after it must be held against.
+
+        Adam divides gradients by their size: beside the step that comes of it, a pull as large as
+        they were would be nothing.
+        """
+        begun, self._begun = self._begun, {}
+        if not begun or not ctx.learning_rate:
+            return
+        way = torch.zeros((), dtype=torch.float64)
+        for name, before in begun.items():
+            for parameter, old in zip(weights.owners(name), before, strict=True):
+                way += sum_of_sizes((local(parameter) - old).view(-1))
+        (total,) = self._over_shards(weights, way[None])
+        self._settle(ctx, total / ctx.learning_rate, *self._far)
+
+    def _settle(self, ctx: Context, task: float, distance: float, pull: float) -> None:
+        """Settle an automatic strength; `pull` is that of strength 1, both as Σ|·|."""
         if self.strength == "auto" and pull and ctx.step <= LAST_TUNED:
             # The distance grows, so the first values are too large: the least of them holds.
             self._tuned = min(self.share * task / pull, self._tuned or float("inf"))
             self._evidence["strength"] = self._tuned
         self._evidence["penalty"] = 0.5 * self._strength * distance
         self._evidence["task_gradient"] = task
-        if not self._acts_after_the_step():
-            self._note_share(self._strength * pull)
 
     def _note_share(self, pull: float) -> None:
         """Keep the largest share of the pull in pull + task gradient, both as Σ|·|."""
