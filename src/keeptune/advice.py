@@ -94,14 +94,16 @@ class Rule:
 
 SMOLLM, CONFLICT = "studies/smollm.md", "studies/conflict.md"
 DIGITS, REHEARSAL = "studies/digits.md", "studies/rehearsal_digits.md"
-LABELS = "studies/rehearsal.md"
+LABELS, LOWRANK = "studies/rehearsal.md", "studies/lowrank.md"
 DEMO = "README.md"
 
 RULES = (
     Rule(
         {"task_lora": {}}, "both",
         "one adapter for each task, and the task's name picks it: nothing of an old task can be "
-        "lost, and without an adapter the base model is as it was",
+        "lost, and without an adapter the base model is as it was; four tasks ended at 83 % where "
+        "replay had 54 and plain 25",
+        (LOWRANK,),
     ),
     Rule(
         {"replay": {"ratio": 0.3}, "lwf": {}}, "both",
@@ -141,8 +143,9 @@ RULES = (
     ),
     Rule(
         {"packnet": {}}, "tasks",
-        "each task owns weights that no later task changes, in one adapter of fixed size",
-        trained="lora", most=4,
+        "each task owns weights that no later task changes, in one adapter of fixed size, of which "
+        "each has half of what is left: four tasks ended at 40 %, the third alone at 21",
+        (LOWRANK,), trained="lora", most=4,
     ),
     Rule(
         {"adapters": {}}, "both",
