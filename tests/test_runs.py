@@ -508,7 +508,7 @@ def test_other_weights_of_the_base_model_are_refused(home: Path) -> None:
     with pytest.raises(ModelError, match="The weights of tiny changed since"):
         learn(folder.path, str(home / "train2.jsonl"), name="t2")
     with pytest.raises(ModelError, match="changed since"):
-        run(recipe(home, count=3), resume=True)
+        run(recipe(home), resume=True)
 
 
 def test_a_failure_that_another_try_left_goes_when_the_run_is_done(home: Path) -> None:
