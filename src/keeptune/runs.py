@@ -26,13 +26,13 @@ from keeptune.loop import Loop
 from keeptune.machine import provenance
 from keeptune.processes import first_says, is_first, launched
 from keeptune.progress import Progress, Silent
-from keeptune.recipe import Recipe, dump, load_recipe, parse_recipe, resolve
+from keeptune.recipe import FREE, Recipe, dump, load_recipe, parse_recipe, resolve
 from keeptune.records import DataInfo, Kind, Phase, RunInfo
 from keeptune.session import Session, open_session, read_plan
 
 OBJECT = "object"  # the source of a model that was given as an object
-# What may differ when a run goes on: where and how fast, never what is learned.
-FREE = ("tasks", "out", "checkpoint_minutes", "eval_batch_size")
+# What may differ when a run goes on, never what is learned; tasks may be added.
+MAY_DIFFER = ("tasks", *FREE)
 # How the rows of a step are divided; their number is what is learned from. With the defaults.
 DIVISION = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
@@ -181,7 +181,7 @@ def describe(session: Session, recipe: Recipe) -> RunInfo:
 
 def identity(recipe: Recipe) -> str:
     """Hash of everything in a recipe that must not change when its run goes on."""
-    fixed = {k: v for k, v in resolve(recipe).items() if k not in FREE}
+    fixed = {k: v for k, v in resolve(recipe).items() if k not in MAY_DIFFER}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -252,7 +252,7 @@ def _same_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
     own, recipe = (r.model_copy(update={"trainer": r.trainer | division}) for r in (own, recipe))
     if identity(recipe) != identity(own):
         mine, theirs = resolve(recipe), resolve(own)
-        changed = [k for k in mine if k not in FREE and mine[k] != theirs.get(k)]
+        changed = [k for k in mine if k not in MAY_DIFFER and mine[k] != theirs.get(k)]
         raise FolderError(
             f"{folder.path} belongs to another recipe: {', '.join(changed)} differ. "
             "Resume with the recipe it was started with, or give another --out."

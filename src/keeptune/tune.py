@@ -20,14 +20,14 @@ import numpy as np
 from keeptune import engines, report
 from keeptune.bargains import Trial, chosen, objectives
 from keeptune.board import Board
-from keeptune.compare import FREE, one_job, work_off
+from keeptune.compare import one_job, work_off
 from keeptune.disk import locked, refuse_unwritable, write_atomic
 from keeptune.errors import KeeptuneError, RecipeError
 from keeptune.folder import RunFolder
 from keeptune.guard import Guard
 from keeptune.inputs import read_sources
 from keeptune.jobs import Job
-from keeptune.recipe import Recipe, dump, load_recipe, resolve
+from keeptune.recipe import FREE, Recipe, dump, load_recipe, resolve
 from keeptune.results import load
 from keeptune.runs import quiet
 from keeptune.search import Range, assignment, own_values, read_search

@@ -62,6 +62,15 @@ def importance(method: SI, name: str = "weight") -> Tensor:
     return method.state().tensors[f"importance/{name}"]
 
 
+def step(model: nn.Module, method: SI, **more: Any) -> None:
+    """An optimizer's step, the same for every trained weight."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p -= 0.01
+    method.after_step(context(model, **more))
+
+
 def omega(method: SI, name: str = "weight") -> Tensor:
     return method.state().tensors[f"path/{name}"]
 
@@ -484,11 +493,7 @@ def test_an_effective_step_that_overflowed_is_left_out() -> None:
     model.zero_grad()
     (8 * model(x).sum()).backward()
     method.gradients(context(model, grad_scale=8.0, may_overflow=True))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p -= 0.01
-    method.after_step(context(model, grad_scale=8.0, may_overflow=True))
+    step(model, method, grad_scale=8.0, may_overflow=True)
     assert torch.isfinite(omega(method, "first")).all()
     assert omega(method, "first").any()
 
@@ -506,11 +511,7 @@ def test_gradient_checkpointing_does_not_change_the_path(reentrant: bool) -> Non
             out = model(x)
         out.square().sum().backward()
         method.gradients(context(model))
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p -= 0.01
-        method.after_step(context(model))
+        step(model, method)
         paths.append(omega(method, "first"))
     assert torch.equal(*paths)
     assert paths[0].any()
@@ -531,10 +532,6 @@ def test_passes_of_other_methods_are_no_part_of_the_path() -> None:
                 model(x + 1).sum().backward()
                 for parameter, gradient in kept.items():
                     parameter.grad = gradient
-            with torch.no_grad():
-                for p in model.parameters():
-                    if p.requires_grad:
-                        p -= 0.01
-            method.after_step(context(model))
+            step(model, method)
         paths.append(omega(method, "first"))
     assert torch.equal(*paths)
